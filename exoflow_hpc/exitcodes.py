@@ -1,0 +1,14 @@
+"""Exit codes of the command line, of ranks too."""
+
+from __future__ import annotations
+
+from exoflow_hpc.history import Status
+
+__all__ = ["BAD_USAGE", "FAILED", "RESUMABLE", "SUCCESSFUL", "exit_code"]
+
+SUCCESSFUL, FAILED, BAD_USAGE, RESUMABLE = range(4)
+
+
+def exit_code(status: str) -> int:
+    """Return the exit code for the status that a run ended with."""
+    return {Status.SUCCESSFUL: SUCCESSFUL, Status.RESUMABLE: RESUMABLE, "REFUSED": BAD_USAGE}.get(status, FAILED)

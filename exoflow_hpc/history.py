@@ -1,0 +1,82 @@
+"""What a workflow's journal amounts to: which tasks are committed, and how its last run ended."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
+from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.spec import WorkflowSpec
+
+__all__ = ["Status", "committed_tasks", "last_end", "load_output", "status_of"]
+
+
+class Status:
+    """States of a workflow. PENDING and RUNNING have a live controller; RESUMABLE was interrupted; the others are final."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCESSFUL = "SUCCESSFUL"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+    RESUMABLE = "RESUMABLE"
+    FINAL = frozenset({SUCCESSFUL, FAILED, CANCELED})
+    ALL = (PENDING, RUNNING, SUCCESSFUL, FAILED, CANCELED, RESUMABLE)
+
+
+def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, records.TaskCommitted]:
+    """Return index of task → its record. The first record of a task counts: consumers may have seen that output."""
+    found: dict[int, records.TaskCommitted] = {}
+    for wire in history:
+        record = records.decode(wire)
+        if isinstance(record, records.TaskCommitted):
+            found.setdefault(spec.index(record.task_id), record)
+    return found
+
+
+def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:
+    """Return how the last run that came to an end ended; None if one was started after it, or none has ended."""
+    end: records.WorkflowFinished | None = None
+    for wire in history:
+        record = records.decode(wire)
+        if isinstance(record, records.WorkflowFinished):
+            end = record
+        elif isinstance(record, records.WorkflowStarted):
+            end = None
+    return end
+
+
+def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.History]:
+    """Return status and history of a workflow. *watch*: look at the heartbeat, for up to 3 s, to tell RUNNING from RESUMABLE."""
+    history = journal.read(workflow_dir)
+    end = last_end(history.records)
+    if end is not None:
+        return end.status, history
+    active = watch and heartbeat.watch(workflow_dir / "heartbeat")
+    started = any(wire.get("type") == records.WorkflowStarted.type for wire in history.records)
+    if active:
+        return (Status.RUNNING if started else Status.PENDING), history
+    return Status.RESUMABLE, history
+
+
+def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:
+    """Return the value of a committed output. CorruptCheckpointError, StorageError."""
+    place = record.location
+    if isinstance(place, records.Inline):
+        from hoplite_mpi.meta import Meta
+
+        return serialize.unpack(Meta.from_wire(record.meta), place.data)
+    meta, data = checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
+    return serialize.unpack(meta, data)
+
+
+def error_of(end: records.WorkflowFinished) -> ExoFlowError:
+    """Return the error that a workflow ended with."""
+    try:
+        error = pickle.loads(end.error) if end.error else None
+    except Exception:  # its class may not be importable here; the text is always there
+        error = None
+    return error if isinstance(error, ExoFlowError) else ExoFlowError(end.message or f"the workflow is {end.status}")

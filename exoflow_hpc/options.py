@@ -1,0 +1,131 @@
+"""Options of a task, checked when they are written down rather than when the task runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import IllegalAnnotationError
+
+__all__ = ["CHECKPOINT_MODES", "TaskOptions", "make_options"]
+
+CHECKPOINT_MODES = ("sync", "async", "skip", "auto")
+
+#: options of the interface whose rules this version does not enforce yet, with the value that asks for nothing;
+#: any other value is refused, since ignoring one would break what it promises
+_NOT_YET: dict[str, Any] = {
+    "deterministic": True,
+    "external": False,
+    "idempotent": False,
+    "rollback": None,
+    "num_returns": 1,
+    "catch_exceptions": False,
+    "timeout": None,
+    "cpus": 1,
+    "gpus": 0,
+    "memory": None,
+    "tags": (),
+    "ranks": 1,
+    "isolation": "process",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """Validated options of one task.
+
+    name: names the task in ``status`` and ``output``; default: the function's name. Tasks of the same name get ``_1``,
+    ``_2``, …
+    checkpoint: ``"sync"`` (consumers wait until the output is durable), ``"async"`` (consumers start at once, the
+    workflow
+    ends when the output is durable), ``"skip"`` (never written, unless it is the workflow's output), ``"auto"`` (what
+    the workflow says; if it says nothing, as ``"async"``).
+    max_retries: how often the task is started again after a crash of its worker or an exception of `retry_exceptions`,
+    both counted together. Lost ranks are counted apart (`Settings.max_rank_losses`).
+    retry_exceptions: True (every `Exception`), False or () (none), or a tuple of exception types.
+    """
+
+    name: str | None = None
+    checkpoint: str = "auto"
+    max_retries: int = 3
+    #: empty: no exception is retried
+    retry_exceptions: tuple[type[BaseException], ...] = ()
+
+
+def make_options(base: TaskOptions, changes: dict[str, Any]) -> TaskOptions:
+    """Return *base* with *changes*: TypeError, ValueError, or IllegalAnnotationError for what this version can't do."""
+    accepted: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key in _CHECKS:
+            accepted[key] = _CHECKS[key](value)
+        elif key in _NOT_YET:
+            _refuse_unsupported(key, value)
+        else:
+            known = [*_CHECKS, *_NOT_YET]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else f": there are {', '.join(sorted(known))}"
+            raise TypeError(f"unknown task option {key!r}{hint}")
+    return dataclasses.replace(base, **accepted)
+
+
+def _refuse_unsupported(key: str, value: Any) -> None:
+    neutral = _NOT_YET[key]
+    same = type(value) is type(neutral) and value == neutral
+    if key == "tags" and value in ((), [], None):
+        same = True
+    if not same:
+        raise IllegalAnnotationError(
+            f"the task option {key}={value!r} is not supported by this version, which knows only {key}={neutral!r}; "
+            f"it is refused rather than ignored, because a run without it could do something else than you ask for"
+        )
+
+
+def check_name(value: Any) -> str | None:
+    """Return a task name that can also be a path component and an HDF5 group; TypeError or ValueError otherwise."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(f"name has to be a str, not {type(value).__name__}")
+    if not value or len(value) > 200 or value in (".", "..") or "/" in value:
+        raise ValueError(f"name={value[:60]!r}: a task name has 1 to 200 characters, no '/', and is not '.' or '..'")
+    if not value.isprintable() or any(character.isspace() for character in value):
+        raise ValueError(f"name={value!r}: a task name has neither white space nor control characters")
+    return value
+
+
+def check_checkpoint(value: Any) -> str:
+    """Return a checkpoint mode; TypeError or ValueError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"checkpoint has to be one of {', '.join(map(repr, CHECKPOINT_MODES))}, not {value!r}")
+    if value not in CHECKPOINT_MODES:
+        raise ValueError(f"checkpoint={value!r} is none of {', '.join(map(repr, CHECKPOINT_MODES))}")
+    return value
+
+
+def _check_max_retries(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"max_retries has to be an int, not {value!r}")
+    if value < 0:
+        raise ValueError(f"max_retries={value} has to be 0 or more")
+    return value
+
+
+def _check_retry_exceptions(value: Any) -> tuple[type[BaseException], ...]:
+    if isinstance(value, bool):
+        return (Exception,) if value else ()
+    kinds = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"retry_exceptions has to be a bool or a tuple of exception types; {kind!r} is not one")
+    return kinds
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "name": check_name,
+    "checkpoint": check_checkpoint,
+    "max_retries": _check_max_retries,
+    "retry_exceptions": _check_retry_exceptions,
+}

@@ -1,0 +1,103 @@
+"""Which rank gets a task: the ranks, their free workers, and what is running where."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Ranks"]
+
+
+@dataclass(slots=True)
+class _Rank:
+    incarnation: int
+    #: workers that have nothing to do; below 0 never
+    free: int
+    #: (task, attempt) → whether it holds a worker
+    running: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+
+class Ranks:
+    """The live ranks of a run. Every operation is O(log ranks) amortised."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, _Rank] = {}
+        #: (-free, rank); an entry is valid if it agrees with the rank's `free`, and each rank has a valid one
+        self._heap: list[tuple[int, int]] = []
+        #: (task, attempt) → rank, for all that runs on a live rank
+        self._where: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def incarnation(self, rank: int) -> int | None:
+        """Return the live incarnation of *rank*, None if there is none."""
+        found = self._ranks.get(rank)
+        return None if found is None else found.incarnation
+
+    def join(self, rank: int, incarnation: int, slots: int) -> None:
+        """Add a rank, which must not be there."""
+        self._ranks[rank] = _Rank(incarnation, slots)
+        heapq.heappush(self._heap, (-slots, rank))
+
+    def lose(self, rank: int) -> list[tuple[int, int]]:
+        """Remove a rank and return the attempts that ran there, in order."""
+        lost = sorted(self._ranks.pop(rank).running)
+        for attempt in lost:
+            del self._where[attempt]
+        return lost
+
+    def start(self, task: int, attempt: int, rank: int, takes_worker: bool) -> None:
+        """Note that an attempt runs on *rank*."""
+        entry = self._ranks[rank]
+        entry.running[task, attempt] = takes_worker
+        self._where[task, attempt] = rank
+        if takes_worker:
+            entry.free -= 1
+            heapq.heappush(self._heap, (-entry.free, rank))
+
+    def end(self, task: int, attempt: int) -> bool:
+        """Note that an attempt is over; False if it wasn't running on a live rank."""
+        rank = self._where.pop((task, attempt), None)
+        if rank is None:
+            return False
+        entry = self._ranks[rank]
+        if entry.running.pop((task, attempt)):
+            entry.free += 1
+            heapq.heappush(self._heap, (-entry.free, rank))
+        return True
+
+    def where(self, task: int, attempt: int) -> int | None:
+        """Return the rank that an attempt runs on."""
+        return self._where.get((task, attempt))
+
+    def running(self) -> list[tuple[int, int, int]]:
+        """Return (task, attempt, rank) of all that runs, in order."""
+        return sorted((task, attempt, rank) for (task, attempt), rank in self._where.items())
+
+    def has_room(self, takes_worker: bool) -> bool:
+        """Whether any rank can start something now."""
+        top = self._top()
+        return top is not None and (not takes_worker or self._ranks[top].free > 0)
+
+    def choose(self, nbytes: Mapping[int, int], takes_worker: bool) -> int | None:
+        """Return the rank with room and most of *nbytes* (by rank), then the idlest, then the lowest; or None."""
+        able = [
+            rank
+            for rank in nbytes
+            if nbytes[rank] > 0 and rank in self._ranks and (not takes_worker or self._ranks[rank].free > 0)
+        ]
+        if able:
+            return min(able, key=lambda rank: (-nbytes[rank], -self._ranks[rank].free, rank))
+        return self._top() if self.has_room(takes_worker) else None
+
+    def _top(self) -> int | None:
+        """Return the rank with most free workers."""
+        while self._heap:
+            free, rank = self._heap[0]
+            entry = self._ranks.get(rank)
+            if entry is not None and entry.free == -free:
+                return rank
+            heapq.heappop(self._heap)
+        return None

@@ -1,0 +1,339 @@
+"""The controller of one workflow: carries out what the scheduler says, and commits to the journal (R1, R8, R10)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exoflow_hpc import records, serialize
+from exoflow_hpc import scheduler_events as ev
+from exoflow_hpc.errors import ExoFlowError, FencedError
+from exoflow_hpc.history import committed_tasks
+from exoflow_hpc.journal import Journal
+from exoflow_hpc.outcome import Outcome
+from exoflow_hpc.rank import messages as ms
+from exoflow_hpc.rank.agent import output_id
+from exoflow_hpc.rank.failure import Failure
+from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.scheduler import Scheduler
+from exoflow_hpc.spec import WorkflowSpec
+from hoplite_mpi.ids import ObjectID
+from hoplite_mpi.meta import Meta
+from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.testing import fault
+
+if TYPE_CHECKING:  # importing it initialises MPI
+    from hoplite_mpi.store import ObjectStore
+
+__all__ = ["Controller"]
+
+log = logging.getLogger("exoflow_hpc.controller")
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """An output that is in memory. data: the bytes of a small one; else it is an object of the store."""
+
+    attempt: int
+    meta: Meta
+    data: bytes | None
+    rank: int
+
+
+class Controller:
+    """Runs one workflow in one epoch. All methods run in the loop's thread."""
+
+    def __init__(
+        self,
+        workflow_id: str,
+        workflow_dir: Path,
+        spec: WorkflowSpec,
+        journal: Journal,
+        history: Iterable[dict[str, Any]],
+        store: ObjectStore,
+        loop: Loop,
+        send: Callable[[int, ms.Message], None],
+        progress: ProgressLine,
+    ) -> None:
+        self._workflow_id = workflow_id
+        self._workflow_dir = workflow_dir
+        self._spec = spec
+        self._journal = journal
+        self._store = store
+        self._loop = loop
+        self._send = send
+        self._progress = progress
+        self._epoch = journal.epoch
+        #: task → what the journal says of its output
+        self._committed = committed_tasks(spec, history)
+        self._scheduler = Scheduler(spec, committed=self._committed, attempts={t: r.attempt for t, r in self._committed.items()})
+        self._outputs: dict[int, _Output] = {}
+        #: task → (attempt, rank) of a write that was asked for and not answered
+        self._writing: dict[int, tuple[int, int]] = {}
+        #: rank → incarnation of agents that were told to begin
+        self._agents: dict[int, int] = {}
+        self._ranks_started = 0
+        self._ranks_lost = 0
+        self._ranks_rejoined = 0
+        self._began = time.monotonic()
+        self.outcome: Outcome | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------------------
+
+    def start(self, view: View) -> None:
+        """Begin with the ranks of *view*."""
+        self._append(records.WorkflowStarted(socket.gethostname(), os.getpid(), time.time()), lambda: None)
+        self._ranks_started = len(view)
+        self._invite(view)
+        self._do(self._scheduler.handle(ev.Start()))
+        self._show()
+
+    def on_view(self, view: View, lost: tuple[Member, ...]) -> None:
+        """Take a new view: lost ranks' tasks run elsewhere, new ranks get tasks."""
+        if self.outcome is not None:
+            return
+        gone = [rank for rank, incarnation in self._agents.items() if not view.has(rank, incarnation)]
+        if gone:
+            self._ranks_lost += len(gone)
+            names = ", ".join(map(str, gone))
+            self._progress.say(f"lost rank {names}: what it ran goes on elsewhere ({len(view)} ranks left)")
+            self._find_lost_outputs()
+        for rank in gone:
+            incarnation = self._agents.pop(rank)
+            self._handle(ev.RankLost(rank, incarnation))
+            for task, (attempt, writer) in list(self._writing.items()):
+                if writer == rank:
+                    del self._writing[task]
+                    self._handle(ev.CommitFailed(task, attempt, "the rank that wrote it was lost"))
+        self._invite(view)
+
+    def _invite(self, view: View) -> None:
+        for member in view.members.values():
+            if self._agents.get(member.rank) != member.incarnation:
+                if member.incarnation > 0:
+                    self._ranks_rejoined += 1
+                    self._progress.say(f"rank {member.rank} is back (incarnation {member.incarnation})")
+                self._agents[member.rank] = member.incarnation
+                self._send(member.rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir)))
+
+    def _find_lost_outputs(self) -> None:
+        """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
+        ids = {self._id(task, out.attempt): (task, out.attempt) for task, out in self._outputs.items() if out.data is None}
+        if not ids:
+            return
+        found = self._store.located(list(ids))
+        lost = tuple(which for oid, which in ids.items() if oid not in found)
+        if lost:
+            log.info("outputs lost with their ranks: %s", [self._spec.tasks[task].name for task, _ in lost])
+            for task, _ in lost:
+                self._outputs.pop(task, None)
+            self._handle(ev.ObjectsLost(lost))
+
+    def cancel(self) -> None:
+        """Stop the workflow: CANCELED."""
+        self._handle(ev.Cancel())
+
+    # -- messages of agents ----------------------------------------------------------------------------------------------------
+
+    def handle(self, rank: int, incarnation: int, message: ms.Message) -> None:
+        """Take a message of an agent."""
+        if message.epoch != self._epoch or self._agents.get(rank) != incarnation or self.outcome is not None:
+            log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
+            return
+        match message:
+            case ms.Ready():
+                self._handle(ev.RankJoined(rank, incarnation, message.slots))
+            case ms.Finished():
+                self._finished(rank, message)
+            case ms.Failed():
+                self._failed(message)
+            case ms.Written():
+                self._written(message)
+            case ms.WriteFailed():
+                self._write_failed(message)
+            case ms.Progress():
+                self._progress.task(self._spec.tasks[message.task].name, message.fraction, message.text)
+        self._show()
+
+    def _finished(self, rank: int, message: ms.Finished) -> None:
+        task = message.task
+        known = self._outputs.get(task)
+        output = _Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
+        if known is None or known.attempt < message.attempt:
+            self._outputs[task] = output
+        self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes))
+
+    def _failed(self, message: ms.Failed) -> None:
+        failure = Failure.from_wire(message.error)
+        name = self._spec.tasks[message.task].name
+        if failure.kind != "canceled":
+            self._progress.say(f"task {name} (attempt {message.attempt}): {failure.text}")
+        missing = tuple((task, attempt) for task, attempt in message.missing)
+        self._handle(ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, missing))
+
+    def _written(self, message: ms.Written) -> None:
+        if self._writing.get(message.task, (-1, -1))[0] == message.attempt:
+            del self._writing[message.task]
+        place = records.InCheckpoint(message.file, message.entry)
+        self._commit(message.task, message.attempt, place, message.checksum, message.nbytes, message.meta)
+
+    def _write_failed(self, message: ms.WriteFailed) -> None:
+        if self._writing.get(message.task, (-1, -1))[0] != message.attempt:
+            return
+        del self._writing[message.task]
+        if message.lost:
+            self._outputs.pop(message.task, None)
+            self._handle(ev.ObjectsLost(((message.task, message.attempt),)))
+        else:
+            self._progress.say(f"task {self._spec.tasks[message.task].name} could not be saved: {message.text}")
+            self._handle(ev.CommitFailed(message.task, message.attempt, Failure("commit", message.text)))
+
+    # -- instructions ----------------------------------------------------------------------------------------------------------
+
+    def _handle(self, event: ev.Event) -> None:
+        if self.outcome is None:
+            self._do(self._scheduler.handle(event))
+
+    def _do(self, instructions: list[ev.Instruction]) -> None:
+        for what in instructions:
+            match what:
+                case ev.Dispatch():
+                    self._dispatch(what)
+                case ev.Commit():
+                    self._begin_commit(what.task, what.attempt)
+                case ev.Release():
+                    self._release(what)
+                case ev.CancelAttempt():
+                    self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
+                case ev.Finish():
+                    self._finish(what)
+
+    def _dispatch(self, what: ev.Dispatch) -> None:
+        fault.point("controller.dispatch")
+        self._send(what.rank, ms.Run(self._epoch, what.task, what.attempt, [self._place(one) for one in what.inputs]))
+
+    def _place(self, one: ev.Input) -> ms.InputPlace:
+        output = self._outputs.get(one.task)
+        if one.source == "memory":
+            assert output is not None and output.attempt == one.attempt, self._scheduler.story(one.task)
+            if output.data is None:
+                return ms.InputPlace(one.task, "memory", one.attempt)
+            return ms.InputPlace(one.task, "inline", one.attempt, output.meta.to_wire(), output.data)
+        record = self._committed[one.task]
+        if isinstance(record.location, records.Inline):
+            return ms.InputPlace(one.task, "inline", record.attempt, record.meta, record.location.data)
+        place = record.location
+        return ms.InputPlace(
+            one.task, "checkpoint", record.attempt, file=place.file, entry=place.entry, checksum=record.checksum
+        )
+
+    def _release(self, what: ev.Release) -> None:
+        output = self._outputs.get(what.task)
+        if output is not None and output.attempt == what.attempt:
+            del self._outputs[what.task]
+            if output.data is not None:
+                return
+        self._store.delete(self._id(what.task, what.attempt))
+
+    def _begin_commit(self, task: int, attempt: int) -> None:
+        output = self._outputs.get(task)
+        if output is None or output.attempt != attempt:
+            self._loop.post(lambda: self._handle(ev.ObjectsLost(((task, attempt),))))
+            return
+        if output.data is not None:
+            checksum = serialize.checksum(output.meta, output.data)
+            self._commit(task, attempt, records.Inline(output.data), checksum, output.meta.nbytes, output.meta.to_wire())
+            return
+        # the rank that has the bytes, or, if it is gone, any other: it gets them first
+        rank = output.rank if output.rank in self._agents else min(self._agents)
+        self._writing[task] = (attempt, rank)
+        self._send(rank, ms.Write(self._epoch, task, attempt))
+
+    def _commit(self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]) -> None:
+        record = records.TaskCommitted(self._spec.tasks[task].name, attempt, 0, place, checksum, nbytes, meta)
+
+        def durable() -> None:
+            fault.point("controller.committed")
+            self._committed.setdefault(task, record)
+            self._progress.add_bytes(nbytes)
+            self._handle(ev.TaskCommitted(task, attempt))
+            self._show()
+
+        def failed(error: BaseException) -> None:
+            self._handle(ev.CommitFailed(task, attempt, error, retryable=False))
+
+        self._append(record, durable, failed)
+
+    def _append(
+        self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
+    ) -> None:
+        """Journal a record; *durable* or *failed* follows in the loop's thread."""
+        broken = failed or self._broken
+
+        def acknowledged(future: Future[None]) -> None:
+            error = future.exception()
+            self._loop.post(durable if error is None else lambda: broken(error))
+
+        try:
+            future = self._journal.append(records.encode(record))
+        except ExoFlowError as error:
+            self._loop.post(lambda error=error: broken(error))  # type: ignore[misc]
+        else:
+            future.add_done_callback(acknowledged)
+
+    def _broken(self, error: BaseException) -> None:
+        if self.outcome is None:
+            self._end("RESUMABLE", error if isinstance(error, ExoFlowError) else ExoFlowError(str(error)))
+
+    # -- the end -----------------------------------------------------------------------------------------------------------------
+
+    def _finish(self, what: ev.Finish) -> None:
+        name = self._spec.tasks[what.task].name
+        error: ExoFlowError | None = None
+        if what.status == "CANCELED":
+            error = None
+        elif isinstance(what.error, FencedError):
+            error = what.error
+        elif isinstance(what.error, Failure):
+            error = what.error.to_error(name)
+        elif what.status != "SUCCESSFUL":
+            error = what.error if isinstance(what.error, ExoFlowError) else ExoFlowError(f"task {name!r}: {what.error}")
+        if what.status == "RESUMABLE":
+            self._end(what.status, error)
+            return
+        record = records.WorkflowFinished(what.status, str(error or ""), ms.pack_error(error))
+        self._append(record, lambda: self._end(what.status, error))
+
+    def _end(self, status: str, error: ExoFlowError | None) -> None:
+        if self.outcome is not None:
+            return
+        self.outcome = Outcome(
+            status,
+            error,
+            self._scheduler.counters,
+            self._ranks_started + self._ranks_rejoined,
+            self._ranks_lost,
+            self._ranks_rejoined,
+            time.monotonic() - self._began,
+        )
+        self._show()
+        for rank in self._agents:
+            self._send(rank, ms.End(self._epoch, status, ms.pack_error(error)))
+
+    def _id(self, task: int, attempt: int) -> ObjectID:
+        return output_id(self._workflow_id, self._epoch, self._spec.tasks[task].name, attempt)
+
+    def _show(self) -> None:
+        counters = self._scheduler.counters
+        self._progress.update(
+            total=len(self._spec.tasks), committed=len(self._committed), started=counters.run, rerun=counters.rerun
+        )
+

@@ -1,0 +1,207 @@
+"""What the controller and the agents of a workflow say to each other. Each message carries the controller's epoch (R10)."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from exoflow_hpc.errors import ExoFlowError
+
+__all__ = [
+    "Begin",
+    "Cancel",
+    "End",
+    "Failed",
+    "Finished",
+    "InputPlace",
+    "Message",
+    "Progress",
+    "Ready",
+    "Run",
+    "Write",
+    "WriteFailed",
+    "Written",
+    "decode",
+    "encode",
+    "pack_error",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class InputPlace:
+    """Where an input is: in ``"memory"`` (attempt), ``"inline"`` (meta, data) or a ``"checkpoint"`` (file, entry, checksum)."""
+
+    task: int
+    kind: str
+    attempt: int = 0
+    meta: list[Any] | None = None
+    data: bytes = b""
+    file: str = ""
+    entry: str = ""
+    checksum: str = ""
+
+
+# -- controller to agent -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Take part in a workflow: its spec is in *workflow_dir*. Answered by `Ready`."""
+
+    epoch: int
+    workflow_id: str
+    workflow_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run an attempt of a task; answered by `Finished` or `Failed`. Inputs are in the order of `TaskSpec.data`."""
+
+    epoch: int
+    task: int
+    attempt: int
+    inputs: list[InputPlace]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop an attempt; answered by what became of it."""
+
+    epoch: int
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Write an output to a checkpoint; answered by `Written` or `WriteFailed`."""
+
+    epoch: int
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The run of the workflow is over."""
+
+    epoch: int
+    #: a final status, or RESUMABLE
+    status: str
+    #: pickled error, empty if there is none
+    error: bytes = b""
+
+    def to_error(self) -> ExoFlowError | None:
+        """Return the error."""
+        return pickle.loads(self.error) if self.error else None
+
+
+# -- agent to controller -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The agent has the spec and *slots* workers."""
+
+    epoch: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output of an attempt is in *data*, or else an object of the store."""
+
+    epoch: int
+    task: int
+    attempt: int
+    meta: list[Any]
+    nbytes: int
+    data: bytes | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt ended without an output; kind as in `scheduler_events.TaskFailed`, error as `failure.Failure.to_wire`."""
+
+    epoch: int
+    task: int
+    attempt: int
+    kind: str
+    error: list[Any]
+    retryable: bool
+    #: (task, attempt) of inputs that can't be had
+    missing: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An output is durable in *file*, but not committed."""
+
+    epoch: int
+    task: int
+    attempt: int
+    file: str
+    entry: str
+    checksum: str
+    nbytes: int
+    meta: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFailed:
+    """An output could not be made durable. lost: it was not to be had any more."""
+
+    epoch: int
+    task: int
+    attempt: int
+    text: str
+    errno: int
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A running task says how far it is."""
+
+    epoch: int
+    task: int
+    attempt: int
+    fraction: float
+    text: str
+
+
+Message = Begin | Run | Cancel | Write | End | Ready | Finished | Failed | Written | WriteFailed | Progress
+
+_KINDS: tuple[type[Any], ...] = (Begin, Run, Cancel, Write, End, Ready, Finished, Failed, Written, WriteFailed, Progress)
+_NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
+_FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_KINDS, InputPlace)}
+
+
+def pack_error(error: ExoFlowError | None) -> bytes:
+    """Return what `End.error` holds; errors of this package pickle."""
+    return b"" if error is None else pickle.dumps(error)
+
+
+def encode(message: Message) -> bytes:
+    """Return the bytes of a message."""
+    kind = type(message)
+    values = [getattr(message, name) for name in _FIELDS[kind]]
+    if kind is Run:
+        values[-1] = [[getattr(place, name) for name in _FIELDS[InputPlace]] for place in values[-1]]
+    packed: bytes = msgpack.packb([_NUMBERS[kind], *values])
+    return packed
+
+
+def decode(data: bytes) -> Message:
+    """Return the message of its bytes."""
+    number, *values = msgpack.unpackb(data)
+    kind = _KINDS[number]
+    if kind is Run:
+        values[-1] = [InputPlace(*place) for place in values[-1]]
+    message: Message = kind(*values)
+    return message

@@ -1,0 +1,195 @@
+"""What a rank needs to take part in workflows: store, worker processes, checkpoint writer; one of each for the process's life."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from exoflow_hpc import heartbeat, history
+from exoflow_hpc.checkpoint import WriterClient
+from exoflow_hpc.errors import ExoFlowError, FencedError
+from exoflow_hpc.journal import Journal
+from exoflow_hpc.outcome import Ended
+from exoflow_hpc.rank import messages as ms
+from exoflow_hpc.rank.active import refuse_if_active
+from exoflow_hpc.rank.agent import Agent
+from exoflow_hpc.rank.controller import Controller
+from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.settings import Settings
+from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.storage import Storage
+from exoflow_hpc.worker.pool import WorkerPool
+from exoflow_hpc.worker.spawner import Spawner
+from hoplite_mpi.protocol.view import Member, View
+
+__all__ = ["Session"]
+
+log = logging.getLogger("exoflow_hpc")
+
+_CHANNEL = 0
+#: rank that runs the controllers
+HEAD = 0
+#: seconds between looks for a request to cancel
+_CANCEL_PERIOD = 0.5
+#: rank that a message came from is one of these for the controller, else for the agent
+_FOR_CONTROLLER = (ms.Ready, ms.Finished, ms.Failed, ms.Written, ms.WriteFailed, ms.Progress)
+
+
+class Session:
+    """Resources of this rank. Start it before MPI is initialised where that is possible; blocks until all ranks are there."""
+
+    def __init__(self, store: Any = None) -> None:
+        self.settings = Settings.from_environment()
+        spawner = Spawner()
+        try:
+            # only now: what is forked before has none of MPI's threads, memory and sockets
+            import hoplite_mpi as hm
+
+            self._own_store = store is None
+            self.store = hm.init() if store is None else store
+        except BaseException:
+            spawner.close(1.0)
+            raise
+        runtime = self.store._runtime
+        place = runtime.place
+        self.rank, self.incarnation = place.rank, place.incarnation
+        self.slots = worker_count(self.settings, runtime.view, place.node)
+        self.writer = WriterClient(place.rank, place.incarnation)
+        self.writer.start()
+        arena = {"run": place.arena, "rank": place.rank, "incarnation": place.incarnation}
+        self.pool = WorkerPool(self.slots, spawner=spawner, arena=arena, on_exit=runtime.arena.reap)
+        self.pool.start()
+        self._loop = Loop()
+        self._agent = Agent(self.store, self.pool, self.slots, self.writer, self._loop)
+        self._agent.connect(self._send)
+        self._controller: Controller | None = None
+        self._head_lost = False
+        self._post = self.store.channel(_CHANNEL, self._receive)
+        self._view: View = self.store.on_view(lambda view, lost: self._loop.post(lambda: self._new_view(view, lost)))
+
+    # -- messages ------------------------------------------------------------------------------------------------------------
+
+    def _send(self, rank: int, message: ms.Message) -> None:
+        self._post(rank, ms.encode(message))  # to one that is gone it is dropped: the next view tells
+
+    def _receive(self, peer: tuple[int, int], payload: bytes) -> None:
+        self._loop.post(lambda: self._handle(peer, ms.decode(payload)))
+
+    def _handle(self, peer: tuple[int, int], message: ms.Message) -> None:
+        if not isinstance(message, _FOR_CONTROLLER):
+            self._agent.handle(peer[0], message)
+        elif self._controller is not None:
+            self._controller.handle(*peer, message)
+
+    def _new_view(self, view: View, lost: tuple[Member, ...]) -> None:
+        self._view = view
+        if not view.has(HEAD, 0):
+            self._head_lost = True
+        if self._controller is not None:
+            self._controller.on_view(view, lost)
+
+    # -- running -------------------------------------------------------------------------------------------------------------
+
+    def run(self, storage: Storage | None, workflow_id: str | None, *, quiet: bool = False, terminal: bool | None = None) -> Ended:
+        """Take part in the run of a workflow until it ends; the head's arguments count, the others may give None."""
+        if self.rank == HEAD:
+            assert storage is not None and workflow_id is not None
+            return self._lead(storage, workflow_id, quiet, sys.stderr.isatty() if terminal is None else terminal)
+        return self._follow()
+
+    def _follow(self) -> Ended:
+        self._agent.ended = None
+        self._loop.run_until(lambda: self._agent.ended is not None or self._head_lost or self.store.closed)
+        end = self._agent.ended
+        if end is None:
+            why = "the rank that controls the run is gone" if self._head_lost else "the others went on without this rank"
+            return Ended("", history.Status.RESUMABLE, ExoFlowError(f"rank {self.rank}: {why}; resume the workflow"))
+        return Ended(self._agent.workflow_id, end.status, end.to_error(), directory=self._agent.workflow_dir)
+
+    def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool) -> Ended:
+        progress = ProgressLine(workflow_id, terminal=terminal, quiet=quiet)
+        try:
+            with self._controlling(storage, workflow_id, progress) as controller:
+                self._controller = controller
+                controller.start(self._view)
+                self._watch_for_cancel(storage.directory(workflow_id))
+                self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
+                outcome = controller.outcome
+        except ExoFlowError as error:
+            status = history.Status.RESUMABLE if isinstance(error, FencedError) else "REFUSED"
+            self.refuse(error, status)
+            return Ended(workflow_id, status, error)
+        finally:
+            self._controller = None
+        if outcome is None:
+            error = ExoFlowError("the others went on without the rank that controls the run: resume the workflow")
+            return Ended(workflow_id, history.Status.RESUMABLE, error)
+        progress.finish(outcome.status)
+        return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
+
+    def refuse(self, error: BaseException, status: str = "REFUSED") -> None:
+        """Tell the other ranks that the run they wait for will not begin."""
+        known = error if isinstance(error, ExoFlowError) else ExoFlowError(f"rank {HEAD} failed: {error}")
+        for rank in self._view.ranks:
+            if rank != HEAD:
+                self._send(rank, ms.End(0, status, ms.pack_error(known)))
+
+    @contextlib.contextmanager
+    def _controlling(self, storage: Storage, workflow_id: str, progress: ProgressLine) -> Iterator[Controller]:
+        """Be the controller of a workflow: its journal is ours, and its heartbeat moves."""
+        directory = storage.directory(workflow_id)
+        spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+        refuse_if_active(directory, workflow_id)
+        journal, past = Journal.open(directory)
+        try:
+            for tail in past.torn:
+                progress.say(f"{tail.file}: {tail.nbytes} bytes at its end were never acknowledged and are dropped")
+            (directory / "cancel").unlink(missing_ok=True)
+            with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
+                yield Controller(
+                    workflow_id,
+                    directory,
+                    spec,
+                    journal,
+                    past.records,
+                    self.store,
+                    self._loop,
+                    self._send,
+                    progress,
+                )
+        finally:
+            journal.close()
+
+    def _watch_for_cancel(self, directory: Path) -> None:
+        controller = self._controller
+        if controller is None or controller.outcome is not None:
+            return
+        if (directory / "cancel").exists():
+            controller.cancel()
+        else:
+            self._loop.after(_CANCEL_PERIOD, lambda: self._watch_for_cancel(directory))
+
+    def close(self) -> None:
+        """Free everything; never hangs on dead peers."""
+        self.pool.close()
+        self.writer.close()
+        self._agent.close()
+        if self._own_store:
+            self.store.close()
+
+
+def worker_count(settings: Settings, view: View, node: str) -> int:
+    """Return how many worker processes this rank has: what is set, else Slurm's share, else its share of the node's cores."""
+    if settings.workers:
+        return settings.workers
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    mates = sum(member.node == node for member in view.members.values())
+    return max(1, len(os.sched_getaffinity(0)) // max(1, mates))

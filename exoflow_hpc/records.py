@@ -1,0 +1,150 @@
+"""What the journal of a workflow says: one frozen dataclass for each type of record."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from exoflow_hpc.errors import UnknownRecordError
+
+__all__ = [
+    "INLINE_LIMIT",
+    "InCheckpoint",
+    "Inline",
+    "Location",
+    "Record",
+    "TaskCommitted",
+    "TaskFailed",
+    "TaskStarted",
+    "WorkflowFinished",
+    "WorkflowStarted",
+    "decode",
+    "encode",
+]
+
+#: outputs up to this many bytes are kept in the journal itself
+INLINE_LIMIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """The output's bytes are in the record itself."""
+
+    data: bytes
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"inline": self.data}
+
+
+@dataclass(frozen=True, slots=True)
+class InCheckpoint:
+    """The output's bytes are entry *entry* of file *file* in the workflow's checkpoints directory."""
+
+    file: str
+    entry: str
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"file": self.file, "entry": self.entry}
+
+
+Location = Inline | InCheckpoint
+
+
+def _location(wire: dict[str, Any]) -> Location:
+    return Inline(wire["inline"]) if "inline" in wire else InCheckpoint(wire["file"], wire["entry"])
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowStarted:
+    """A controller began to run the workflow, in the epoch of the file that this stands in."""
+
+    type: ClassVar[str] = "workflow_started"
+    host: str
+    pid: int
+    #: seconds since 1970 on the controller's clock; for display only, nothing is decided by it
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStarted:
+    """An external task is about to be dispatched (R10a)."""
+
+    type: ClassVar[str] = "task_started"
+    task_id: str
+    attempt: int
+    incarnation: int
+    rank: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCommitted:
+    """K(t) (R1): every byte of the output is durable at *location* before this record is written."""
+
+    type: ClassVar[str] = "task_committed"
+    task_id: str
+    attempt: int
+    incarnation: int
+    location: Location
+    #: `serialize.checksum` of meta and bytes, in hex
+    checksum: str
+    nbytes: int
+    #: `Meta.to_wire()` of the output
+    meta: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A task failed for good. *error* is the pickled exception, *message* its text."""
+
+    type: ClassVar[str] = "task_failed"
+    task_id: str
+    attempt: int
+    incarnation: int
+    message: str
+    error: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowFinished:
+    """The workflow ended: status is SUCCESSFUL, FAILED or CANCELED; *error* is a pickled exception or empty."""
+
+    type: ClassVar[str] = "workflow_finished"
+    status: str
+    message: str = ""
+    error: bytes = b""
+
+
+Record = WorkflowStarted | TaskStarted | TaskCommitted | TaskFailed | WorkflowFinished
+
+_TYPES: dict[str, Any] = {
+    kind.type: kind for kind in (WorkflowStarted, TaskStarted, TaskCommitted, TaskFailed, WorkflowFinished)
+}
+
+
+def encode(record: Record) -> dict[str, Any]:
+    """Return the plain dict to append to the journal; inverse of `decode`."""
+    wire: dict[str, Any] = {"type": record.type}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        wire[field.name] = value.to_wire() if isinstance(value, (Inline, InCheckpoint)) else value
+    return wire
+
+
+def decode(wire: dict[str, Any]) -> Record:
+    """Return the record of a plain dict. UnknownRecordError if a newer version wrote it."""
+    kind = _TYPES.get(wire.get("type", ""))
+    if kind is None:
+        raise UnknownRecordError(
+            f"the journal has a record of type {wire.get('type')!r}: a newer exoflow_hpc wrote it, use that version"
+        )
+    values = {name: value for name, value in wire.items() if name != "type"}
+    if "location" in values:
+        values["location"] = _location(values["location"])
+    try:
+        record: Record = kind(**values)
+    except TypeError as error:
+        raise UnknownRecordError(
+            f"a record of type {wire['type']!r} has other fields than this exoflow_hpc knows: {error}"
+        ) from error
+    return record

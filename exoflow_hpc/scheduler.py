@@ -1,0 +1,318 @@
+"""What runs when and where: a sans-IO state machine. No MPI, clock, disk or thread; events in, instructions out.
+
+It decides on attempts, retries, writes and the end of the run. Where tasks stand is kept by `task_table`, which rank
+gets a task is decided by `placement`, and what has to run again after a loss by `recovery`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .placement import Ranks
+from .scheduler_events import (
+    Cancel,
+    CancelAttempt,
+    Commit,
+    CommitFailed,
+    Counters,
+    Dispatch,
+    Event,
+    Finish,
+    Input,
+    Instruction,
+    ObjectsLost,
+    RankJoined,
+    RankLost,
+    Release,
+    Start,
+    TaskCommitted,
+    TaskFailed,
+    TaskFinished,
+)
+from .settings import Settings
+from .spec import WorkflowSpec
+from .task_table import Held, TaskState, TaskTable
+
+__all__ = ["Scheduler", "TaskState"]
+
+_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "canceled")
+
+
+class Scheduler:
+    """The run of one workflow in one epoch.
+
+    committed: tasks that the journal names. ranks: (rank, incarnation, slots) of those that are there already.
+    attempts: the highest attempt number that earlier epochs may have used, by task: no two attempts share an id (R10c).
+
+    Promises: each task that runs and whose checkpoint is not ``"skip"`` is committed before the run is SUCCESSFUL, even
+    if all its consumers have finished and its bytes are lost (then it runs again). A promise binds the run that made
+    it: a later run does what the output needs (R6), and makes promises of its own.
+    """
+
+    def __init__(
+        self,
+        spec: WorkflowSpec,
+        committed: Iterable[int] = (),
+        ranks: Iterable[tuple[int, int, int]] = (),
+        attempts: Mapping[int, int] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.spec = spec
+        self._settings = settings or Settings()
+        self._table = TaskTable(spec, committed, self._release)
+        self._ranks = Ranks()
+        for rank, incarnation, slots in ranks:
+            self._ranks.join(rank, incarnation, slots)
+        #: number of the latest attempt; results of any other are late
+        self._attempt = [-1] * len(spec.tasks)
+        for task, attempt in (attempts or {}).items():
+            self._attempt[task] = attempt
+        #: task → attempt for each `Commit` without an answer
+        self._committing: dict[int, int] = {}
+        self._commit_failures: dict[int, int] = {}
+        self._failures: dict[int, int] = {}
+        self._losses: dict[int, int] = {}
+        #: tasks that were dispatched
+        self._run: set[int] = set()
+        self._dispatches = 0
+        self._started = False
+        #: set when the run can't succeed any more: what to say when the writes under way are over
+        self._ending: Finish | None = None
+        self._finished = False
+        self._out: list[Instruction] = []
+
+    # ------------------------------------------------------------------------------------------------- for drivers
+    def handle(self, event: Event) -> list[Instruction]:
+        """Return what to do about *event*. ValueError, with the task's story, for an event that can't have happened."""
+        if self._finished:
+            return []
+        self._out = []
+        _HANDLERS[type(event)](self, event)
+        if self._started and self._ending is None:
+            self._dispatch()
+        self._finish_if_over()
+        return self._out
+
+    @property
+    def counters(self) -> Counters:
+        """What was run, skipped and run again so far."""
+        return Counters(len(self._run), len(self.spec.tasks) - len(self._run), self._dispatches - len(self._run))
+
+    @property
+    def committed(self) -> frozenset[int]:
+        """Tasks whose outputs are durable."""
+        return frozenset(self._table.committed)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Tasks that this run executes, in topological order; known after `Start`."""
+        return tuple(self._table.wanted)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `Finish` was returned."""
+        return self._finished
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether any rank is there; without one nothing happens until one joins, and it is the driver's to give up."""
+        return len(self._ranks) > 0
+
+    def state(self, task: int) -> TaskState:
+        """Return where *task* stands."""
+        return self._table.state[task]
+
+    def story(self, task: int) -> str:
+        """Return all that is known of *task*, in a line for an error message or a log."""
+        table, held = self._table, self._table.held[task]
+        return (
+            f"task {self.spec.tasks[task].name!r} is {table.state[task].value}"
+            f"{', committed' if task in table.committed else ''}, attempt {self._attempt[task]}, "
+            f"output in memory: {f'of attempt {held.attempt}' if held else 'none'}, "
+            f"inputs missing {table.missing[task]}, "
+            f"control edges open {table.blocked[task]}, readers {table.readers[task]}, "
+            f"failures {self._failures.get(task, 0)}, ranks lost {self._losses.get(task, 0)}"
+        )
+
+    # ------------------------------------------------------------------------------------------------------ events
+    def _on_start(self, event: Start) -> None:
+        if self._started:
+            raise ValueError("Start was handled before")
+        self._started = True
+        self._table.begin()
+
+    def _on_rank_joined(self, event: RankJoined) -> None:
+        known = self._ranks.incarnation(event.rank)
+        if known is not None:
+            if known >= event.incarnation:
+                return
+            self._on_rank_lost(RankLost(event.rank, known))
+        self._ranks.join(event.rank, event.incarnation, event.slots)
+
+    def _on_rank_lost(self, event: RankLost) -> None:
+        if self._ranks.incarnation(event.rank) != event.incarnation:
+            return
+        for task, attempt in self._ranks.lose(event.rank):
+            if self._is_current(task, attempt):
+                self._count_loss(task, "rank-lost", f"rank {event.rank} (incarnation {event.incarnation}) was lost")
+
+    def _on_finished(self, event: TaskFinished) -> None:
+        task, attempt = event.task, event.attempt
+        self._check_attempt(task, attempt)
+        if not (self._ranks.end(task, attempt) and self._is_current(task, attempt)):
+            held = self._table.held[task]
+            if held is None or held.attempt != attempt:  # late, not just said twice
+                self._release(task, attempt)
+            return
+        incarnation = self._ranks.incarnation(event.rank)
+        self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
+        if task in self._table.due:
+            self._commit(task)
+
+    def _on_failed(self, event: TaskFailed) -> None:
+        task = event.task
+        self._check_attempt(task, event.attempt)
+        if event.kind not in _FAILURES:
+            raise ValueError(f"TaskFailed of kind {event.kind!r}: {self.story(task)}")
+        if not (self._ranks.end(task, event.attempt) and self._is_current(task, event.attempt)):
+            return
+        if event.kind in ("rank-lost", "lost-input"):
+            self._count_loss(task, event.kind, event.error)
+            self._lose(event.missing)
+            return
+        may_retry = event.retryable if event.kind == "exception" else True
+        if may_retry and self._failures.get(task, 0) < self.spec.tasks[task].max_retries:
+            self._failures[task] = self._failures.get(task, 0) + 1
+            self._table.requeue(task)
+        else:
+            self._end(Finish("FAILED", task, event.kind, event.error))
+
+    def _on_committed(self, event: TaskCommitted) -> None:
+        task = event.task
+        self._check_attempt(task, event.attempt)
+        self._committing.pop(task, None)
+        if task in self._table.committed:
+            return
+        if self._table.state[task] is TaskState.RUNNING:
+            # the record of an attempt that was given up got through: it counts, and running again is once too often
+            self._cancel_attempt(task)
+        self._table.commit(task)
+
+    def _on_commit_failed(self, event: CommitFailed) -> None:
+        task = event.task
+        if self._committing.get(task) != event.attempt:
+            return
+        del self._committing[task]
+        if not event.retryable:
+            self._committing.clear()  # nothing can be written any more, so nothing is waited for
+        if self._ending is not None:
+            return
+        self._commit_failures[task] = self._commit_failures.get(task, 0) + 1
+        if event.retryable and self._commit_failures[task] <= self._settings.max_commit_retries:
+            self._commit(task)
+        else:
+            self._end(Finish("RESUMABLE", task, "commit", event.error))
+
+    def _on_objects_lost(self, event: ObjectsLost) -> None:
+        self._lose(event.outputs)
+
+    def _on_cancel(self, event: Cancel) -> None:
+        self._end(Finish("CANCELED", self.spec.output))
+
+    # ------------------------------------------------------------------------------------------------------ pieces
+    def _is_current(self, task: int, attempt: int) -> bool:
+        running = self._table.state[task] is TaskState.RUNNING and self._attempt[task] == attempt
+        return running and self._ending is None
+
+    def _check_attempt(self, task: int, attempt: int) -> None:
+        if not 0 <= task < len(self._attempt) or attempt > self._attempt[task]:
+            known = self.story(task) if 0 <= task < len(self._attempt) else "there is no such task"
+            raise ValueError(f"attempt {attempt} of task {task} was never dispatched: {known}")
+
+    def _release(self, task: int, attempt: int) -> None:
+        self._out.append(Release(task, attempt))
+
+    def _commit(self, task: int) -> None:
+        held = self._table.held[task]
+        assert held is not None, "what is due is not released, and what is lost is not being committed"
+        self._committing[task] = held.attempt
+        self._out.append(Commit(task, held.attempt))
+
+    def _lose(self, outputs: Iterable[tuple[int, int]]) -> None:
+        for task in self._table.lose(outputs):
+            self._committing.pop(task, None)  # its answer may still come, but isn't waited for
+
+    def _count_loss(self, task: int, kind: str, error: Any) -> None:
+        self._losses[task] = self._losses.get(task, 0) + 1
+        if self._losses[task] > self._settings.max_rank_losses:
+            self._end(Finish("FAILED", task, kind, error))
+        else:
+            self._table.requeue(task)
+
+    def _cancel_attempt(self, task: int) -> None:
+        rank = self._ranks.where(task, self._attempt[task])
+        if rank is not None:
+            self._out.append(CancelAttempt(task, self._attempt[task], rank))
+
+    # ----------------------------------------------------------------------------------------- dispatching, ending
+    def _dispatch(self) -> None:
+        for takes_worker in (True, False):
+            while self._ranks.has_room(takes_worker):
+                task = self._table.pop_ready(takes_worker)
+                if task is None:
+                    break
+                self._dispatch_one(task, takes_worker)
+
+    def _dispatch_one(self, task: int, takes_worker: bool) -> None:
+        inputs = []
+        nbytes: dict[int, int] = {}
+        for upstream in self.spec.tasks[task].data:
+            held = self._table.held[upstream]
+            if held is None:
+                inputs.append(Input(upstream, "checkpoint", -1))
+                continue
+            inputs.append(Input(upstream, "memory", held.attempt))
+            if self._ranks.incarnation(held.rank) == held.incarnation:
+                nbytes[held.rank] = nbytes.get(held.rank, 0) + held.nbytes
+        rank = self._ranks.choose(nbytes, takes_worker)
+        assert rank is not None, "the caller has seen that there is room"
+        self._attempt[task] += 1
+        self._ranks.start(task, self._attempt[task], rank, takes_worker)
+        self._run.add(task)
+        self._dispatches += 1
+        self._out.append(Dispatch(task, self._attempt[task], rank, tuple(inputs)))
+
+    def _end(self, finish: Finish) -> None:
+        """Start nothing more; wait for writes under way, so that what was done is kept. The first reason counts."""
+        if self._ending is None:
+            self._ending = finish
+            self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        for task, attempt, rank in self._ranks.running():
+            if self._table.state[task] is TaskState.RUNNING and self._attempt[task] == attempt:
+                self._out.append(CancelAttempt(task, attempt, rank))
+
+    def _finish_if_over(self) -> None:
+        if self._ending is not None:
+            if not self._committing:
+                self._finished = True
+                self._out.append(self._ending)
+        elif self._started and not self._table.due:
+            self._finished = True
+            self._cancel_all()
+            self._out.append(Finish("SUCCESSFUL", self.spec.output))
+
+
+_HANDLERS: dict[type, Any] = {
+    Start: Scheduler._on_start,
+    RankJoined: Scheduler._on_rank_joined,
+    RankLost: Scheduler._on_rank_lost,
+    TaskFinished: Scheduler._on_finished,
+    TaskFailed: Scheduler._on_failed,
+    TaskCommitted: Scheduler._on_committed,
+    CommitFailed: Scheduler._on_commit_failed,
+    ObjectsLost: Scheduler._on_objects_lost,
+    Cancel: Scheduler._on_cancel,
+}

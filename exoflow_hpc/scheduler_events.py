@@ -1,0 +1,192 @@
+"""What goes into the scheduler (events) and what comes out of it (instructions).
+
+Tasks are indices in `WorkflowSpec.tasks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "Cancel",
+    "CancelAttempt",
+    "Commit",
+    "CommitFailed",
+    "Counters",
+    "Dispatch",
+    "Event",
+    "Finish",
+    "Input",
+    "Instruction",
+    "ObjectsLost",
+    "RankJoined",
+    "RankLost",
+    "Release",
+    "Start",
+    "TaskCommitted",
+    "TaskFailed",
+    "TaskFinished",
+]
+
+
+# ------------------------------------------------------------------------------------------------------------ events
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin. Ranks may join before and after."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankJoined:
+    """A rank with *slots* worker processes is there. A newer incarnation takes the place of an older one."""
+
+    rank: int
+    incarnation: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """A rank is out of the view. Which outputs are gone with it is told apart, by `ObjectsLost`."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFinished:
+    """An attempt has put its output, of *nbytes* bytes, in the memory of *rank*."""
+
+    task: int
+    attempt: int
+    rank: int
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """An attempt ended without an output. Each ends in exactly one `TaskFinished` or `TaskFailed`, or with its rank.
+
+    kind: ``"exception"`` (the function raised), ``"crash"`` (its worker died), ``"rank-lost"`` (its rank did),
+    ``"lost-input"``
+    (an input could not be had: *missing* names it, as (task, attempt)), ``"canceled"`` (as told by `CancelAttempt`).
+    retryable: for an exception, whether it is of the task's `retry_exceptions`.
+    """
+
+    task: int
+    attempt: int
+    kind: str
+    error: Any = None
+    retryable: bool = False
+    missing: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCommitted:
+    """The journal durably names the output of *attempt*: true for ever, even if that was given up meanwhile (R1)."""
+
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitFailed:
+    """An output could not be made durable. retryable: writing again may help (not after a failed fsync)."""
+
+    task: int
+    attempt: int
+    error: Any = None
+    retryable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectsLost:
+    """No copy in memory is left of the outputs of these (task, attempt) pairs; committed ones may be among them."""
+
+    outputs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The user wants the workflow to stop."""
+
+
+Event = Start | RankJoined | RankLost | TaskFinished | TaskFailed | TaskCommitted | CommitFailed | ObjectsLost | Cancel
+
+
+# ------------------------------------------------------------------------------------------------------ instructions
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Where to find the output of a task: in ``"memory"`` (of *attempt*) or in its ``"checkpoint"`` (attempt -1)."""
+
+    task: int
+    source: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Run *attempt* of a task on a rank. Inputs are in the order of `TaskSpec.data`. A reduce takes no worker."""
+
+    task: int
+    attempt: int
+    rank: int
+    inputs: tuple[Input, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Write the output of *attempt* to a checkpoint, then its record to the journal; answer with one commit event."""
+
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Nobody needs the output of *attempt* in memory any more, or it came too late to be taken: free it."""
+
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAttempt:
+    """Stop *attempt*. What it answers is ignored, but has to come: its worker counts as busy until then."""
+
+    task: int
+    attempt: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The run is over; the last instruction there is.
+
+    status: ``"SUCCESSFUL"`` (the output, and every promised checkpoint, is durable), ``"FAILED"``, ``"CANCELED"``, or
+    ``"RESUMABLE"`` (it was not the workflow's fault, as with a full disk: resume when that is repaired).
+    task: the one that failed, or else the one whose output is the workflow's. kind: of the failure, as in
+    `TaskFailed`, or ``"commit"``; empty if there was none.
+    """
+
+    status: str
+    task: int
+    kind: str = ""
+    error: Any = None
+
+
+Instruction = Dispatch | Commit | Release | CancelAttempt | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What happened in this run of the workflow, as ``--json`` shows it."""
+
+    #: tasks that were started at least once
+    run: int = 0
+    #: tasks that were not started: committed before, or not wanted any more
+    skipped: int = 0
+    #: starts beyond the first of each task, for whatever reason
+    rerun: int = 0
+    #: effects that were undone; this version has no rollbacks
+    rolled_back: int = 0

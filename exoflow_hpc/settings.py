@@ -1,0 +1,58 @@
+"""Settings of exoflow_hpc, each of which ``EXOFLOW_<FIELD>`` in the environment overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Settings", "storage_directory"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits of the workflow layer. ``EXOFLOW_<FIELD>`` in the environment wins over what a program says."""
+
+    #: worker processes of a rank; 0: its share of the node's cores
+    workers: int = 0
+    #: worker processes of each rank; 0: its share of the cores
+    workers: int = 0
+    #: how often one task is started again because the rank that ran it was lost; apart from `max_retries`, since
+    #: losing a rank is rarely the task's fault, but bounded, since a task that takes its node down would go on for ever
+    max_rank_losses: int = 10
+    #: how often a failed write of one output is tried again before the run stops as RESUMABLE
+    max_commit_retries: int = 3
+    #: arrays and bytes of at least this many bytes are stored once in a spec, however many arguments they are
+    shared_constant_size: int = 64 * 1024
+    #: seconds between two progress reports of a task; those in between are dropped
+    progress_interval: float = 0.2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value < 0:
+                raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more")
+
+    @classmethod
+    def from_environment(cls, base: Settings | None = None) -> Settings:
+        """Return *base* with what the environment says; ValueError names a variable that can't be read."""
+        base = base or cls()
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            variable = f"EXOFLOW_{field.name.upper()}"
+            text = os.environ.get(variable)
+            if text is None:
+                continue
+            kind = type(getattr(base, field.name))
+            try:
+                changes[field.name] = kind(text)
+            except ValueError:
+                raise ValueError(f"{variable}={text!r} in the environment is not of type {kind.__name__}") from None
+        return dataclasses.replace(base, **changes)
+
+
+def storage_directory(explicit: str | os.PathLike[str] | None = None) -> Path:
+    """Return the absolute storage directory: *explicit*, else ``EXOFLOW_STORAGE``, else ``./.exoflow``."""
+    return Path(explicit or os.environ.get("EXOFLOW_STORAGE") or ".exoflow").expanduser().absolute()

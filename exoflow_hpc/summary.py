@@ -1,0 +1,93 @@
+"""How a run ended, in the form of ``--json``."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from exoflow_hpc import history, journal
+from exoflow_hpc.history import Status
+from exoflow_hpc.outcome import Ended
+from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.storage import Storage
+
+__all__ = ["jsonable", "of_finished", "output_value", "summarize", "text"]
+
+
+def summarize(storage: Storage, ended: Ended) -> dict[str, Any]:
+    """Return what ``--json`` prints of a run, with the output's value where JSON can hold it, else its repr."""
+    outcome = ended.outcome
+    result: dict[str, Any] = {
+        "workflow_id": ended.workflow_id,
+        "status": ended.status,
+        "output": None,
+        "tasks": {"run": 0, "skipped": 0, "rerun": 0, "rolled_back": 0},
+        "ranks": {"started": 0, "lost": 0, "rejoined": 0},
+        "seconds": 0.0,
+    }
+    if ended.error is not None:
+        result["error"] = str(ended.error)
+    if outcome is not None:
+        counters = outcome.counters
+        result["tasks"] = {
+            "run": counters.run,
+            "skipped": counters.skipped,
+            "rerun": counters.rerun,
+            "rolled_back": counters.rolled_back,
+        }
+        result["ranks"] = {
+            "started": outcome.ranks_started,
+            "lost": outcome.ranks_lost,
+            "rejoined": outcome.ranks_rejoined,
+        }
+        result["seconds"] = round(outcome.seconds, 3)
+    if ended.status == Status.SUCCESSFUL:
+        result["output"] = jsonable(output_value(storage, ended.workflow_id))
+    return result
+
+
+def of_finished(storage: Storage, workflow_id: str) -> dict[str, Any]:
+    """Return the same of a workflow that is SUCCESSFUL already: nothing is run."""
+    began = time.monotonic()
+    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id))
+    result = summarize(storage, Ended(workflow_id, Status.SUCCESSFUL, None))
+    result["tasks"]["skipped"] = len(spec.tasks)
+    result["seconds"] = round(time.monotonic() - began, 3)
+    return result
+
+
+def output_value(storage: Storage, workflow_id: str, task: str | None = None) -> Any:
+    """Return the committed output of a task, or of the workflow. WorkflowNotFoundError, ExoFlowError, CorruptCheckpointError."""
+    from exoflow_hpc.errors import ExoFlowError
+
+    directory = storage.directory(workflow_id)
+    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+    index = spec.output if task is None else spec.index(task)
+    record = history.committed_tasks(spec, journal.read(directory).records).get(index)
+    if record is None:
+        raise ExoFlowError(
+            f"task {spec.tasks[index].name!r} of workflow {workflow_id!r} has no committed output"
+            + (": resume the workflow" if index == spec.output else "")
+        )
+    return history.load_output(directory, record)
+
+
+def jsonable(value: Any) -> Any:
+    """Return *value* if JSON can hold it, NumPy scalars as numbers, anything else as its repr."""
+    try:
+        return json.loads(json.dumps(value, default=_number))
+    except (TypeError, ValueError):
+        return repr(value)
+
+
+def text(value: Any) -> str:
+    """Return *value* as the command line prints it: JSON where that can hold it, else its repr."""
+    plain = jsonable(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, indent=2)
+
+
+def _number(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")

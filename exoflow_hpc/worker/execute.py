@@ -1,0 +1,148 @@
+"""One task, run in a worker process: inputs in, function called, output kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hoplite_mpi.meta import Meta
+
+from ..context import TaskContext, activate
+from ..payload import load_arguments, load_function, load_value
+from ..serialize import pack, unpack
+from .failure import describe
+from .protocol import InlineInput, Input, TaskDone, TaskFailed, TaskRequest
+
+__all__ = ["Executor"]
+
+
+class _LostInput(Exception):
+    """An input is not in the arena."""
+
+    def __init__(self, task: int, text: str) -> None:
+        super().__init__(text)
+        self.task = task
+
+
+class Executor:
+    """Runs requests one after the other, and keeps what they share: blobs, loaded functions, the arena."""
+
+    def __init__(self, arena: Mapping[str, Any] | None) -> None:
+        #: arguments of `Arena.attach`; None: there is no arena and every output travels inline
+        self._address = arena
+        self._arena: Any = None
+        #: since the last `rest`
+        self._used_arena = False
+        #: key → pickle; the pool knows which ones are here
+        self._blobs: dict[str, bytes] = {}
+        #: key → loaded function. Constants are not kept loaded: a task could change one under the next task
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def forget(self) -> None:
+        """Drop all blobs and functions."""
+        self._blobs.clear()
+        self._functions.clear()
+
+    def run(self, request: TaskRequest, report: Callable[[float, str], None]) -> TaskDone | TaskFailed:
+        """Run *request* and return what became of it, whatever the user's code raises, SystemExit included."""
+        self._blobs.update(request.blobs)
+        stage, began, seconds = "load", 0.0, 0.0
+        identity = request.identity
+        context = TaskContext(
+            identity.workflow_id, identity.task_id, identity.incarnation, identity.attempt, identity.epoch, report
+        )
+        try:
+            _extend_path(request.sys_path)
+            function = self._function(request.function)
+            values: dict[int, Any] = {}
+            stage = "inputs"
+            for index, one in request.inputs.items():
+                values[index] = self._input(index, one)
+            stage = "load"
+            args, kwargs = load_arguments(
+                request.args, lambda index: _known(values, index), lambda key: load_value(_known(self._blobs, key))
+            )
+            stage, began = "call", time.perf_counter()
+            with activate(context):
+                value = function(*args, **kwargs)
+            seconds = time.perf_counter() - began
+            stage = "output"
+            return self._output(request, value, seconds)
+        except _LostInput as error:
+            return describe(error, "inputs", lost_inputs=(error.task,))
+        except BaseException as error:  # sys.exit() and KeyboardInterrupt of a task fail it, not the worker
+            if stage == "call":
+                seconds = time.perf_counter() - began
+            return describe(error, stage, retryable=self._is_retryable(request, error), seconds=seconds)
+
+    def rest(self) -> None:
+        """Give back what finished tasks have left mapped; for the time after the reply."""
+        if self._arena is not None and self._used_arena:
+            self._used_arena = False
+            self._arena.trim()
+
+    def _function(self, key: str) -> Callable[..., Any]:
+        function = self._functions.get(key)
+        if function is None:
+            function = self._functions[key] = load_function(_known(self._blobs, key))
+        return function
+
+    def _is_retryable(self, request: TaskRequest, error: BaseException) -> bool:
+        if not request.retry:
+            return False
+        try:
+            return isinstance(error, load_value(_known(self._blobs, request.retry)))
+        except Exception:  # types that can't be loaded here match nothing; the error itself is reported
+            return False
+
+    def _input(self, index: int, one: Input) -> Any:
+        if isinstance(one, InlineInput):
+            return unpack(one.meta, one.data)
+        pinned = self._attached().map(one.oid, one.version)
+        if pinned is None:
+            what = f"object {one.oid.hex()} version {one.version}, output of task {index},"
+            raise _LostInput(index, f"{what} is not in the arena")
+        return unpack(pinned.meta, pinned.buffer)
+
+    def _output(self, request: TaskRequest, value: Any, seconds: float) -> TaskDone:
+        plan = pack(value)
+        meta: Meta = plan.meta
+        if plan.nbytes <= request.inline_limit or self._address is None:
+            return TaskDone(meta, plan.nbytes, plan.to_bytes(), seconds)
+        region = self._attached().allocate(request.output, meta)
+        try:
+            plan.write_into(memoryview(region.data))
+            region.seal()
+        except BaseException:
+            region.abandon()
+            raise
+        return TaskDone(meta, plan.nbytes, None, seconds)
+
+    def _attached(self) -> Any:
+        self._used_arena = True
+        if self._arena is None:
+            if self._address is None:
+                raise RuntimeError("the request has an input in the arena, but the pool was made without one")
+            from hoplite_mpi.memory.arena import Arena
+
+            self._arena = Arena.attach(**self._address)
+        return self._arena
+
+
+def _known(table: Mapping[Any, Any], key: Any) -> Any:
+    """Return the entry of *key*; UnpicklingError if it is missing (a KeyError could be the user's own)."""
+    try:
+        return table[key]
+    except KeyError:
+        raise pickle.UnpicklingError(f"the request came without {key!r}, which its arguments refer to") from None
+
+
+def _extend_path(directories: tuple[str, ...]) -> None:
+    """Put *directories* at the begin of sys.path, those that aren't in it yet."""
+    missing = [one for one in directories if one not in sys.path]
+    if missing:
+        sys.path[:0] = [os.fspath(one) for one in missing]

@@ -1,0 +1,257 @@
+"""The pool of worker processes of a rank: a queue of tasks, and who has which."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ..errors import ExoFlowError
+from .failure import describe
+from .fleet import Fleet
+from .protocol import Progress, TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskRequest, TaskResult
+from .remote import RemoteWorker, TaskHandle
+from .spawner import Spawner
+
+__all__ = ["PoolStatistics", "TaskHandle", "WorkerPool"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """State of a pool at one moment, and its counts since the start."""
+
+    #: pids of the workers that are ready or busy
+    pids: tuple[int, ...]
+    #: pid of the forkserver; None while there is none
+    forkserver_pid: int | None
+    busy: int
+    queued: int
+    #: workers that became ready
+    started: int
+    #: workers that died without being told to
+    crashed: int
+
+
+class WorkerPool:
+    """Worker processes that run tasks for this rank. Callbacks come from its one I/O thread: they must not block.
+
+    size: tasks at once; spawner: a forkserver that was started before MPI (default: one is started by `start`), and is
+    the pool's from now on; arena: arguments of `Arena.attach` for the workers, None: all outputs travel inline;
+    on_exit: called with the pid of each worker that is gone, before its task's `on_done`: `Arena.reap`, say.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        spawner: Spawner | None = None,
+        arena: Mapping[str, Any] | None = None,
+        on_exit: Callable[[int], object] | None = None,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"a pool of {size} workers can't run anything")
+        #: guards all that follows; never held while a callback runs
+        self._lock = threading.Lock()
+        self._fleet = Fleet(size, spawner, arena, self)
+        self._on_exit = on_exit
+        #: ready and without a task, some of them condemned meanwhile; the last one first, since its caches are warm
+        self._idle: list[RemoteWorker] = []
+        self._queue: deque[TaskHandle] = deque()
+        #: callbacks and what they are to be given, in order
+        self._calls: deque[tuple[Callable[[Any], object], Any]] = deque()
+        #: workers with bytes left to send, which the I/O thread has to watch
+        self._unsent: set[RemoteWorker] = set()
+        self._crashed = 0
+        #: set once; from then on nothing is taken, and every handle gets its result
+        self._closing = False
+        self._close_timeout = 5.0
+        self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
+
+    def __enter__(self) -> WorkerPool:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the workers and return at once. OSError if no forkserver can be started."""
+        with self._lock:
+            self._fleet.start()
+        self._thread.start()
+
+    def submit(
+        self,
+        request: TaskRequest,
+        on_done: Callable[[TaskResult], object],
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> TaskHandle:
+        """Have *request* run when a worker is free; exactly one result comes to *on_done*. ExoFlowError if closed."""
+        handle = TaskHandle(request, on_done, on_progress)
+        with self._lock:
+            if self._closing:
+                raise ExoFlowError(f"the worker pool is closed: task {request.identity.task_id!r} can't be started")
+            self._queue.append(handle)
+            self._dispatch()
+            if self._queue:
+                self._fleet.hope()
+            if self._calls or self._unsent or (self._queue and self._fleet.is_short):
+                self._fleet.wake()
+        return handle
+
+    def cancel(self, handle: TaskHandle) -> bool:
+        """Take *handle* out of the queue, or kill its worker. Return False if it is done.
+
+        `TaskCancelled` comes to its `on_done` when the process is gone, or the result of a task that was quicker.
+        """
+        with self._lock:
+            if handle.done or self._closing:
+                return False
+            if not handle.cancelled:
+                handle.cancelled = True
+                if handle.worker is None:
+                    self._queue.remove(handle)
+                    self._finish(handle, TaskCancelled())
+                else:
+                    self._fleet.kill(handle.worker, "was cancelled")
+                self._fleet.wake()
+            return True
+
+    def statistics(self) -> PoolStatistics:
+        """Return pids and counts."""
+        with self._lock:
+            workers = self._fleet.workers.values()
+            living = [worker.pid for worker in workers if worker.ready and not worker.condemned]
+            return PoolStatistics(
+                pids=tuple(pid for pid in living if pid is not None),
+                forkserver_pid=self._fleet.forkserver_pid,
+                busy=sum(worker.handle is not None for worker in workers),
+                queued=len(self._queue),
+                started=self._fleet.started,
+                crashed=self._crashed,
+            )
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Kill all workers and the forkserver and wait until they are gone; what was not done gets `TaskCancelled`.
+
+        Idempotent; not from a callback. *timeout*: seconds until a forkserver that doesn't end in order is killed.
+        """
+        with self._lock:
+            first, self._closing = not self._closing, True
+            if first:
+                self._close_timeout = timeout
+                running = self._thread.ident is not None
+                if running:
+                    self._fleet.wake()
+        if first and not running:
+            self._shut()
+        elif self._thread.ident is not None:
+            self._thread.join()
+
+    # ---- the I/O thread
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        finally:  # also after an error of ours: nobody may wait for ever
+            self._shut()
+
+    def _step(self) -> bool:
+        """Wait for something, handle it, make the calls it leads to. False when the pool is closing."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._fleet.fill()
+            if self._fleet.is_hopeless:
+                text = f"no worker can be started: {self._fleet.failure}"
+                while self._queue:
+                    self._finish(self._queue.popleft(), TaskCrashed(text, started=False))
+            for worker in self._unsent:
+                self._fleet.watch(worker)
+            self._unsent.clear()
+            timeout = 0.0 if self._calls else self._fleet.timeout()
+        events = self._fleet.wait(timeout)
+        with self._lock:
+            self._fleet.handle(events)
+            self._dispatch()
+        self._make_calls()
+        return True
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            call, value = self._calls.popleft()  # only this thread takes
+            try:
+                call(value)
+            except Exception:
+                # one broken callback must not stop the tasks of all the others
+                _log.exception("the callback %r failed on %r", call, value)
+
+    def _shut(self) -> None:
+        """Kill and wait for everything, then give everyone who waits a result."""
+        with self._lock:
+            self._closing = True
+            if not self._fleet.close(self._close_timeout):
+                _log.warning("the forkserver of the workers did not end in order")
+            while self._queue:
+                self._finish(self._queue.popleft(), TaskCancelled())
+        self._make_calls()
+
+    def _dispatch(self) -> None:
+        while self._queue and self._idle:
+            worker = self._idle.pop()
+            if worker.condemned:
+                continue
+            handle = self._queue.popleft()
+            try:
+                worker.assign(handle)
+            except (TypeError, ValueError, OverflowError) as error:  # msgpack can't: 4 GiB in a piece, a foreign type
+                self._finish(handle, describe(error, "load"))
+                self._idle.append(worker)
+                continue
+            if worker.has_output:
+                self._unsent.add(worker)
+
+    def _finish(self, handle: TaskHandle, result: TaskResult) -> None:
+        handle.worker, handle.done = None, True
+        self._calls.append((handle.on_done, result))
+
+    # ---- what the fleet tells, with the lock held
+
+    def worker_ready(self, worker: RemoteWorker) -> None:
+        """Take a new worker (`FleetListener`)."""
+        self._idle.append(worker)
+
+    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress) -> None:
+        """Take what a worker says about its task (`FleetListener`)."""
+        handle = worker.handle
+        if handle is None:
+            return  # a thread that the task left behind
+        if isinstance(body, Progress):
+            if handle.on_progress is not None:
+                self._calls.append((handle.on_progress, body))
+            return
+        worker.handle = None
+        self._finish(handle, body)
+        if not worker.condemned:
+            self._idle.append(worker)
+
+    def worker_gone(self, worker: RemoteWorker, text: str, exitcode: int | None) -> None:
+        """Take that a worker is gone (`FleetListener`)."""
+        self._unsent.discard(worker)
+        if worker.pid is not None and self._on_exit is not None:
+            self._calls.append((self._on_exit, worker.pid))
+        handle, worker.handle = worker.handle, None
+        cancelled = self._closing or (handle is not None and handle.cancelled)
+        self._crashed += not cancelled
+        if handle is not None:
+            result = TaskCancelled(True) if cancelled else TaskCrashed(text, worker.pid, exitcode)
+            self._finish(handle, result)

@@ -1,0 +1,95 @@
+"""All settings, and every deadline of the package in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DEFAULT", "Config"]
+
+
+class _Default:
+    """The type of `DEFAULT`: "use `Config.default_timeout`"."""
+
+    def __repr__(self) -> str:
+        return "hoplite_mpi.DEFAULT"
+
+
+DEFAULT = _Default()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a store. Each can be given in the environment as ``HOPLITE_<FIELD>``, which wins.
+
+    Deadlines, in seconds, each strictly inside the next where one waits for the other::
+
+        stall_timeout < keepalive_timeout < join_timeout < evict_timeout <= default_timeout
+    """
+
+    #: objects up to this many bytes live in the directory and come with its reply
+    inline_limit: int = 64 * 1024
+    #: bytes per message of a transfer
+    chunk_size: int = 256 * 1024
+    #: messages of one transfer that are in flight at once
+    window: int = 8
+    #: bytes of shared memory that this rank may hold; None: as much as /dev/shm has
+    memory_limit: int | None = None
+    #: bytes of freed arena files kept mapped for the next objects
+    recycle_limit: int = 1 << 30
+    #: assumed latency of one hop in seconds, for the reduce's cost model
+    latency: float = 100e-6
+    #: assumed bandwidth in bytes per second, for the reduce's cost model
+    bandwidth: float = 1.0e9
+    #: seconds without traffic after which the engine stops polling and blocks
+    spin_time: float = 0.002
+    #: seconds between the polls of a blocked engine (safety net beside the doorbell)
+    idle_poll: float = 0.25
+
+    #: a transfer without progress for this long is routed around
+    stall_timeout: float = 1.0
+    #: silence on the side channel for this long, after the kernel's keepalive, proves a dead host
+    keepalive_timeout: float = 3.0
+    #: one accept/connect
+    join_timeout: float = 20.0
+    #: all ranks of the start have to be there after this long
+    start_timeout: float = 60.0
+    #: a member that has not answered for this long is put out of the view
+    evict_timeout: float = 60.0
+    #: close() waits this long for the others
+    close_timeout: float = 5.0
+    #: what `timeout=DEFAULT` means
+    default_timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "window", "inline_limit"):
+            if getattr(self, name) < (0 if name == "inline_limit" else 1):
+                raise ValueError(f"Config.{name} = {getattr(self, name)} is out of range")
+        chain = ["stall_timeout", "keepalive_timeout", "join_timeout", "evict_timeout"]
+        for inner, outer in zip(chain, chain[1:], strict=False):
+            if not 0 < getattr(self, inner) < getattr(self, outer):
+                raise ValueError(f"Config.{inner} has to be above 0 and below {outer}")
+
+    @classmethod
+    def from_environment(cls, base: Config | None = None) -> Config:
+        """Return *base* (default: the defaults) with what ``HOPLITE_<FIELD>`` says in the environment."""
+        base = base or cls()
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            text = os.environ.get(f"HOPLITE_{field.name.upper()}")
+            if text is None:
+                continue
+            kind = int if "int" in str(field.type) else float
+            try:
+                changes[field.name] = None if text.lower() == "none" else kind(text)
+            except ValueError:
+                raise ValueError(f"HOPLITE_{field.name.upper()}={text!r} in the environment is not a {kind.__name__}") from None
+        return dataclasses.replace(base, **changes)
+
+    def deadline(self, timeout: Any) -> float | None:
+        """Return seconds for a *timeout* argument: DEFAULT, None (no limit) or a number."""
+        if timeout is DEFAULT:
+            return self.default_timeout
+        return None if timeout is None else max(0.0, float(timeout))

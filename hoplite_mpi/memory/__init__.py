@@ -1,0 +1,36 @@
+"""Memory of a node: the shared arena, and the kernels of reductions."""
+
+from __future__ import annotations
+
+from ._sweep import sweep
+from .arena import Arena, ArenaStatistics, arena_directory
+from .host import HostMemory
+from .interface import Event, Memory
+from .kernels import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, finish, op_by_name, reduce_bytes, reduce_into
+from .region import ObjectInfo, Pinned, Region
+
+__all__ = [
+    "BAND",
+    "BOR",
+    "BXOR",
+    "MAX",
+    "MEAN",
+    "MIN",
+    "PROD",
+    "SUM",
+    "Arena",
+    "ArenaStatistics",
+    "Event",
+    "HostMemory",
+    "Memory",
+    "ObjectInfo",
+    "Pinned",
+    "ReduceOp",
+    "Region",
+    "arena_directory",
+    "finish",
+    "op_by_name",
+    "reduce_bytes",
+    "reduce_into",
+    "sweep",
+]

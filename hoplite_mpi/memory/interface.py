@@ -1,0 +1,60 @@
+"""What the store needs of memory.
+
+Host memory is one implementation; device memory is another one, not another store.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from ..ids import ObjectID
+    from ..meta import Meta
+    from .kernels import ReduceOp
+    from .region import Pinned, Region
+
+__all__ = ["Event", "Memory"]
+
+
+@runtime_checkable
+class Event(Protocol):
+    """Completion of an operation on memory."""
+
+    def done(self) -> bool:
+        """Whether the operation is complete. Never blocks."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the operation is complete, or *timeout* seconds; return `done`."""
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """Allocate, map, copy, reduce.
+
+    Buffers are arrays of the implementation's kind, and stay alive while referred to.
+    """
+
+    def allocate(self, oid: ObjectID, meta: Meta, version: int = 0, tag: int = 0) -> Region:
+        """Return writable memory for an object, to be sealed; StoreFullError if there is none."""
+        ...
+
+    def allocate_private(self, nbytes: int) -> Region:
+        """Return writable memory for this process only; StoreFullError if there is none."""
+        ...
+
+    def map(self, oid: ObjectID, version: int = 0) -> Pinned | None:
+        """Return a view of a sealed object of this node, without copying; None if there is none."""
+        ...
+
+    def copy(self, target: Any, source: Any) -> Event:
+        """Begin to copy *source* to *target*, of the same size and not overlapping.
+
+        Both stay untouched until the event is done.
+        """
+        ...
+
+    def reduce(self, op: ReduceOp, out: Any, a: Any, b: Any) -> Event:
+        """Begin to set *out* to *a* op *b*, element by element; *out* may be *a* or *b*."""
+        ...

@@ -1,0 +1,253 @@
+"""The objects of this rank: carries out what the protocol says about transfers, mappings and deliveries."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hoplite_mpi.errors import StoreFullError
+from hoplite_mpi.ids import ObjectID
+from hoplite_mpi.memory import Arena, Pinned, Region
+from hoplite_mpi.meta import Meta
+from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.fabric import Fabric
+from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
+
+__all__ = ["Copy", "Objects", "Ready", "object_key"]
+
+log = logging.getLogger("hoplite_mpi.objects")
+
+_KEY = struct.Struct(">c16sQ")
+
+
+def object_key(oid: ObjectID, version: int) -> bytes:
+    """Return the name of an object's stream."""
+    return _KEY.pack(b"o", bytes(oid), version)
+
+
+@dataclass(eq=False)
+class Copy:
+    """This rank's copy of one version of an object, complete or not."""
+
+    oid: ObjectID
+    version: int
+    meta: Meta
+    stream: Stream
+    #: where it is being received; None once it is sealed
+    region: Region | None = None
+    #: the sealed bytes
+    pinned: Pinned | None = None
+    #: attempt → transfer under way
+    incoming: dict[int, Incoming] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An object that can be had here without asking anybody."""
+
+    meta: Meta
+    #: the bytes of a small object
+    inline: bytes | None
+    version: int
+    #: ids that went into a reduced object
+    sources: frozenset[ObjectID] | None
+
+
+class Objects:
+    """Copies, their streams and their transfers. Called under the engine's lock."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        fabric: Fabric,
+        transfers: Transfers,
+        arena: Arena,
+        handle: Callable[[ev.Event], None],
+        out_of_memory: Callable[[ObjectID, StoreFullError], None],
+    ) -> None:
+        self._engine = engine
+        self._fabric = fabric
+        self._transfers = transfers
+        self._arena = arena
+        self._handle = handle
+        #: told when there is no room to receive an object
+        self._out_of_memory = out_of_memory
+        self._copies: dict[ObjectID, Copy] = {}
+        #: newest version of each object that was dropped here: its streams are refused
+        self._dropped: dict[ObjectID, int] = {}
+        #: pins of dropped copies that a drained transfer may still write to: never given back
+        self._held: list[Pinned] = []
+        self.ready: dict[ObjectID, Ready] = {}
+
+    def __len__(self) -> int:
+        return len(self.ready)
+
+    def find(self, key: bytes) -> Any:
+        """Return the stream of that name, REFUSE, or None if it may still come."""
+        _, raw, version = _KEY.unpack(key)
+        oid = ObjectID(raw)
+        copy = self._copies.get(oid)
+        if copy is not None and copy.version == version:
+            return copy.stream
+        if (copy is not None and copy.version > version) or self._dropped.get(oid, -1) >= version:
+            return REFUSE
+        return None
+
+    def stored(self, oid: ObjectID, meta: Meta, pinned: Pinned, version: int = 0) -> None:
+        """Take a sealed object of the arena as a complete copy."""
+        self._drop_other(oid, version)
+        stream = Stream(self._engine, object_key(oid, version), pinned.buffer, meta.nbytes, keep=pinned)
+        self._copies[oid] = Copy(oid, version, meta, stream, pinned=pinned)
+        self._transfers.appeared.fire()
+
+    def pinned(self, oid: ObjectID) -> Pinned | None:
+        """Return the pin of a complete copy."""
+        copy = self._copies.get(oid)
+        return None if copy is None else copy.pinned
+
+    def stream(self, oid: ObjectID) -> Stream | None:
+        """Return the stream of the copy that is here."""
+        copy = self._copies.get(oid)
+        return None if copy is None else copy.stream
+
+    def publish(self, oid: ObjectID, version: int, meta: Meta, stream: Stream) -> None:
+        """Offer the growing output of a reduce's root as a partial copy."""
+        self._drop_other(oid, version)
+        self._copies[oid] = Copy(oid, version, meta, stream)
+        self._transfers.appeared.fire()
+
+    def root_done(self, oid: ObjectID, version: int, region: Region) -> None:
+        """Seal the output of a reduce's root: it is a complete copy now."""
+        copy = self._copies[oid]
+        copy.pinned = self._seal(oid, version, region)
+        copy.stream.keep = copy.pinned
+
+    # -- instructions --------------------------------------------------------------------------------------------------------
+
+    def start_transfer(self, what: ev.StartTransfer) -> None:
+        copy = self._copies.get(what.oid)
+        if copy is None or copy.version != what.version:
+            self._drop_other(what.oid, what.version)
+            try:
+                region = self._arena.allocate(what.oid, what.meta, what.version)
+            except StoreFullError as error:
+                self._out_of_memory(what.oid, error)
+                self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+                return
+            stream = Stream(self._engine, object_key(what.oid, what.version), memoryview(region.data), keep=region)
+            copy = Copy(what.oid, what.version, what.meta, stream, region=region)
+            self._copies[what.oid] = copy
+            self._transfers.appeared.fire()
+        link = self._fabric.link((what.sender, what.sender_incarnation))
+        here = copy
+
+        def buffer_of(start: int, stop: int) -> memoryview:
+            return here.stream.data[start:stop]
+
+        def ended(reason: str | None, tainted: bool) -> None:
+            self._transfer_ended(here, what, reason, tainted)
+
+        chunk = self._engine.config.chunk_size
+        incoming = self._transfers.pull(
+            link, copy.stream.key, copy.stream.progress, copy.meta.nbytes, chunk, buffer_of, copy.stream.advance, ended
+        )
+        if copy.incoming is None:
+            copy.incoming = {}
+        copy.incoming[what.attempt] = incoming
+
+    def _transfer_ended(self, copy: Copy, what: ev.StartTransfer, reason: str | None, tainted: bool) -> None:
+        if copy.incoming is not None:
+            copy.incoming.pop(what.attempt, None)
+        if self._copies.get(copy.oid) is not copy:
+            return
+        if reason is None:
+            if copy.region is not None:
+                copy.pinned = self._seal(copy.oid, copy.version, copy.region)
+                copy.region = None
+                copy.stream.keep = copy.pinned
+            self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
+            return
+        log.info("transfer of %s from rank %d ended: %s", what.oid, what.sender, reason)
+        if tainted and copy.region is not None:
+            try:
+                # MPI may still write to the old region: what has arrived moves to a new one
+                copy.region = self._arena.move_prefix(copy.region, copy.stream.progress)
+            except StoreFullError as error:
+                copy.region.quarantine()
+                self._forget(copy)
+                self._out_of_memory(what.oid, error)
+            else:
+                copy.stream.data, copy.stream.keep = memoryview(copy.region.data), copy.region
+        self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+
+    def _seal(self, oid: ObjectID, version: int, region: Region) -> Pinned:
+        region.seal()
+        pinned = self._arena.map(oid, version)
+        assert pinned is not None, f"{oid} vanished from the arena while it was sealed"
+        return pinned
+
+    def map_local(self, what: ev.MapLocal) -> None:
+        pinned = self._arena.map(what.oid, what.version)
+        if pinned is None:
+            self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+            return
+        self.stored(what.oid, what.meta, pinned, what.version)
+        self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
+
+    def abort_transfer(self, what: ev.AbortTransfer) -> None:
+        copy = self._copies.get(what.oid)
+        if copy is not None and copy.incoming is not None:
+            incoming = copy.incoming.get(what.attempt)
+            if incoming is not None:
+                self._transfers.stop(incoming)
+
+    def deliver(self, what: ev.Deliver) -> Ready:
+        ready = Ready(what.meta, what.inline, what.version, what.sources)
+        self.ready[what.oid] = ready
+        return ready
+
+    def value(self, oid: ObjectID, ready: Ready) -> Any:
+        """Return what `get` returns: a read-only array or memoryview; zero copy, and pinned as long as it lives."""
+        if ready.inline is not None:
+            return ready.meta.view(ready.inline)
+        copy = self._copies[oid]
+        assert copy.pinned is not None, f"{oid} was delivered before it was complete"
+        return copy.pinned.buffer if ready.meta.dtype is None else copy.pinned.array()
+
+    def drop(self, oid: ObjectID, version: int) -> None:
+        ready = self.ready.get(oid)
+        if ready is not None and ready.version <= version:
+            del self.ready[oid]
+        self._dropped[oid] = max(version, self._dropped.get(oid, -1))
+        copy = self._copies.get(oid)
+        if copy is not None and copy.version <= version:
+            self._forget(copy)
+            self._arena.delete(oid, copy.version)
+
+    def _drop_other(self, oid: ObjectID, version: int) -> None:
+        copy = self._copies.get(oid)
+        if copy is not None and copy.version != version:
+            self.drop(oid, copy.version)
+        elif copy is not None:
+            self._forget(copy)
+
+    def _forget(self, copy: Copy) -> None:
+        self._copies.pop(copy.oid, None)
+        copy.stream.fail()
+        under_way = list((copy.incoming or {}).values())
+        for incoming in under_way:
+            self._transfers.stop(incoming)
+        if copy.region is not None:
+            # receives may be posted into it until the transfers are drained
+            if under_way:
+                copy.region.quarantine()
+            else:
+                copy.region.abandon()
+            copy.region = None
+        elif copy.pinned is not None and under_way:
+            self._held.append(copy.pinned)
+        copy.pinned = None

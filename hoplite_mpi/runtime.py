@@ -1,0 +1,355 @@
+"""The runtime of one rank: puts engine, links, side channel, membership, protocol and memory together."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mpi4py import MPI
+
+from hoplite_mpi.config import Config
+from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError, StoreFullError
+from hoplite_mpi.ids import ObjectID
+from hoplite_mpi.memory import Arena
+from hoplite_mpi.objects import Objects, Ready
+from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.protocol import membership_messages as ms
+from hoplite_mpi.protocol import wire
+from hoplite_mpi.protocol.core import Protocol
+from hoplite_mpi.protocol.membership import Membership
+from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.slots import Slots, reduce_bytes
+from hoplite_mpi.transport import joining
+from hoplite_mpi.transport.bootstrap import Place
+from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
+from hoplite_mpi.transport.joining import Joiner
+from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
+from hoplite_mpi.transport.transfer import Transfers
+
+__all__ = ["Runtime"]
+
+log = logging.getLogger("hoplite_mpi")
+
+#: kind of side-channel message
+_MEMBERSHIP = 20
+#: channels of control messages
+_PROTOCOL, _TRANSFER, _FIRST_USER_CHANNEL = 0, 1, 16
+#: seconds between looks at the rendezvous directory while joining
+_JOIN_PERIOD = 0.05
+
+
+class Runtime:
+    """Everything of one rank that the store's calls stand on. Methods run under the engine's lock unless they say otherwise."""
+
+    def __init__(self, place: Place, config: Config) -> None:
+        self.place = place
+        self.config = config
+        self.me: PeerKey = (place.rank, place.incarnation)
+        self.engine = Engine(config)
+        self.side = SideChannel(
+            self.engine, self.me, place.secret, on_up=self._side_up, on_down=self._side_down, on_message=self._side_message
+        )
+        self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
+        self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
+        self.joiner = Joiner(self.engine, self.side, is_senior=self._is_senior, on_joined=self._joined)
+        self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
+        self.protocol = Protocol(place.rank, config)
+        self.objects = Objects(self.engine, self.fabric, self.transfers, self.arena, self.handle, self._no_memory)
+        self.slots = Slots(self.engine, self.fabric, self.transfers, self.arena, self.objects, self.handle, self.me)
+        member = Member(place.rank, place.incarnation, place.node, self.side.address)
+        if place.comm is not None:
+            self.membership = Membership(member, founding=place.founders(self.side.address))
+        else:
+            founder = place.rank == 0 and place.incarnation == 0
+            self.membership = Membership(member, size=place.size if founder else None)
+        self.view: View | None = None
+        #: told each new view, outside of the engine's lock
+        self.view_listeners: list[Callable[[View, tuple[Member, ...]], None]] = []
+        self.channels: dict[int, Callable[[PeerKey, bytes], None]] = {}
+        #: told the protocol's answers: Deliver, Available, Fail, Stored, Locations
+        self.on_answer: Callable[[ev.Instruction], None] = lambda answer: None
+        self.on_no_memory: Callable[[ObjectID, StoreFullError], None] = lambda oid, error: None
+        self.on_closed: Callable[[HopliteError], None] = lambda error: None
+        self.closed: HopliteError | None = None
+        self.left = False
+        self.peers_lost = 0
+        self._events: deque[ev.Event] = deque()
+        self._handling = False
+        #: processes whose connection broke and are called once more, to see whether they are really gone
+        self._redialed: set[PeerKey] = set()
+
+    # -- life ----------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Find the others and wait for the first view. Any thread."""
+        place = self.place
+        self.engine.start()
+
+        def begin() -> None:
+            self._carry_out(self.membership.start())
+            self.engine.after(self.config.start_timeout, lambda: self._membership(ms.StartTimeout()))
+            if place.comm is None:
+                place.announce(self.side.address)
+                self._seek()
+
+        self.engine.run(begin)
+        ready = self.engine.wait(lambda: self.view is not None or self.closed is not None, self._pause, None)
+        assert ready
+        if self.closed is not None:
+            raise self.closed
+
+    @staticmethod
+    def _pause(seconds: float | None) -> None:
+        time.sleep(0.002 if seconds is None else min(0.002, seconds))
+
+    def _seek(self) -> None:
+        """Call those who can let this process in, until one has."""
+        if self.view is not None or self.closed is not None:
+            return
+        founding = self.place.incarnation == 0
+        for contact in self.place.contacts():
+            if founding and contact.rank > self.place.rank:
+                continue  # it calls us
+            self.side.connect((contact.rank, contact.incarnation), self._reachable(contact.address, contact.node))
+        self.engine.after(_JOIN_PERIOD, self._seek)
+
+    def leave(self, timeout: float) -> None:
+        """Leave the view cleanly, then close. Any thread; never hangs on dead peers."""
+        if self.closed is None:
+            self.engine.run(lambda: self._membership(ms.LeaveRequested()))
+            self.engine.wait(lambda: self.left or self.closed is not None, self._pause, timeout)
+        self.engine.run(self._shut)
+        self.engine.stop()
+        self.arena.close()
+
+    def _shut(self) -> None:
+        if self.closed is None:
+            self.closed = ClosedError("the store is closed")
+        self.joiner.stop()
+        if self.view is not None:
+            for member in self.view.members.values():
+                if member.rank != self.place.rank:
+                    self.fabric.drop((member.rank, member.incarnation))
+        self.side.close()
+
+    def _close(self, error: HopliteError) -> None:
+        if self.closed is not None:
+            return
+        self.closed = error
+        log.error("%s", error)
+        self.on_closed(error)
+
+    def check(self) -> None:
+        """Raise what closed the store, if anything did. Any thread."""
+        if self.closed is not None:
+            raise self.closed
+
+    # -- messages of users of the store ------------------------------------------------------------------------------------------
+
+    def send(self, rank: int, channel: int, payload: bytes) -> bool:
+        """Send bytes to a member; return whether it is one. Any thread."""
+
+        def post() -> bool:
+            member = None if self.view is None else self.view.members.get(rank)
+            if member is None:
+                return False
+            peer = (member.rank, member.incarnation)
+            if peer == self.me:
+                self.engine.outside(lambda: self.channels[channel](peer, payload))
+            else:
+                self.fabric.send(peer, _FIRST_USER_CHANNEL + channel, payload)
+            return True
+
+        return bool(self.engine.run(post))
+
+    # -- object protocol -----------------------------------------------------------------------------------------------------
+
+    def handle(self, event: ev.Event) -> None:
+        """Give the protocol an event and carry out what it says; events that this causes follow in order."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                for instruction in self.protocol.handle(self._events.popleft()):
+                    self._do(instruction)
+        finally:
+            self._handling = False
+
+    def _do(self, what: ev.Instruction) -> None:
+        match what:
+            case ev.Send():
+                self._send(what)
+            case ev.StartTransfer():
+                self.objects.start_transfer(what)
+            case ev.MapLocal():
+                self.objects.map_local(what)
+            case ev.AbortTransfer():
+                self.objects.abort_transfer(what)
+            case ev.Drop():
+                self.objects.drop(what.oid, what.version)
+            case ev.StartSlot():
+                self.slots.start(what)
+            case ev.PullChild():
+                self.slots.pull_child(what)
+            case ev.StopSlot():
+                self.slots.stop(what)
+            case ev.ReduceInline():
+                self._reduce_inline(what)
+            case ev.Deliver():
+                self.objects.deliver(what)
+                self.on_answer(what)
+            case _:
+                self.on_answer(what)
+
+    def _send(self, what: ev.Send) -> None:
+        member = None if self.view is None else self.view.members.get(what.dst)
+        if member is not None:
+            self.fabric.send((member.rank, member.incarnation), _PROTOCOL, wire.encode(what.message))
+
+    def _reduce_inline(self, what: ev.ReduceInline) -> None:
+        try:
+            data, error = reduce_bytes(what.op, what.inputs, what.meta), None
+        except (HopliteError, TypeError, ValueError) as failure:
+            data, error = b"", str(failure)
+        self.handle(ev.InlineReduced(what.rid, what.version, data, what.meta, error))
+
+    def _find_stream(self, key: bytes) -> Any:
+        return self.objects.find(key) if key[:1] == b"o" else self.slots.find(key)
+
+    def _no_memory(self, oid: ObjectID, error: StoreFullError) -> None:
+        self.on_no_memory(oid, error)
+
+    # -- side channel and links ----------------------------------------------------------------------------------------------
+
+    def _control_message(self, peer: PeerKey, channel: int, payload: bytes) -> None:
+        if channel == _TRANSFER:
+            self.transfers.on_message(peer, payload)
+        elif channel == _PROTOCOL:
+            self.handle(ev.MessageReceived(peer[0], wire.decode(payload)))
+        else:
+            receiver = self.channels.get(channel - _FIRST_USER_CHANNEL)
+            if receiver is None:
+                log.warning("rank %d sent a message on channel %d, where nobody listens", peer[0], channel)
+                return
+            self.engine.outside(lambda: receiver(peer, payload))
+
+    def _side_up(self, peer: PeerKey) -> None:
+        self._redialed.discard(peer)
+        self.fabric.side_is_up(peer)
+        self._membership(ms.PeerUp(*peer))
+        if self.fabric.link(peer).backlog:
+            self._link_wanted(self.fabric.link(peer))
+
+    def _side_down(self, peer: PeerKey, proof: str) -> None:
+        member = None if self.view is None else self.view.members.get(peer[0])
+        current = member is not None and member.incarnation == peer[1]
+        if proof == "reset" and current and member is not None and peer not in self._redialed:
+            # a live peer, too, resets an old connection after a cut: only its address can say that it is gone
+            self._redialed.add(peer)
+            self.side.connect(peer, self._reachable(member.address, member.node))
+            return
+        self._redialed.discard(peer)
+        self._membership(ms.PeerDown(*peer, "reset" if proof in ("reset", "bye") else "silence"))
+
+    def _side_message(self, peer: PeerKey, kind: int, body: Any) -> None:
+        if kind in (RING, AWAKE, ASLEEP):
+            self.fabric.on_side_message(peer, kind, body)
+        elif kind in joining.KINDS:
+            self.joiner.on_side_message(peer, kind, body)
+        elif kind == _MEMBERSHIP:
+            self._membership(ms.MessageReceived(peer, ms.Message.from_wire(body)))
+
+    def _reachable(self, address: tuple[str, int], node: str) -> tuple[str, int]:
+        return ("127.0.0.1", address[1]) if node == self.place.node else address
+
+    def _is_senior(self, peer: PeerKey) -> bool:
+        """Return whether this process is older than the peer: the older incarnation, of equals the lower rank."""
+        return (self.me[1], self.me[0]) < (peer[1], peer[0])
+
+    def _link_wanted(self, link: Link) -> None:
+        if self.place.comm is not None:
+            return  # links of an MPI world are up as soon as there is a view
+        if self.side.connected(link.peer):
+            self.joiner.want(link.peer)
+
+    def _joined(self, peer: PeerKey, comm: MPI.Comm) -> None:
+        self.fabric.up(self.fabric.link(peer), comm, 0)
+
+    # -- membership ----------------------------------------------------------------------------------------------------------
+
+    def _membership(self, event: ms.Event) -> None:
+        self._carry_out(self.membership.handle(event))
+
+    def _carry_out(self, instructions: list[ms.Instruction]) -> None:
+        for what in instructions:
+            match what:
+                case ms.Send():
+                    self.side.send(what.dst, _MEMBERSHIP, what.message.to_wire())
+                case ms.Install():
+                    self._install(what)
+                case ms.Evicted():
+                    self._close(EvictedError(f"rank {self.place.rank} is out of the view: {what.reason}"))
+                case ms.Left():
+                    self.left = True
+                case ms.StartFailed():
+                    self._close(HopliteError(f"the ranks did not come together: {what.reason}"))
+
+    def _install(self, what: ms.Install) -> None:
+        view, before = what.view, self.view
+        self.view = view
+        self.peers_lost += len(what.lost)
+        gone = [] if before is None else [m for m in before.members.values() if not view.has(m.rank, m.incarnation)]
+        for member in gone:
+            peer = (member.rank, member.incarnation)
+            self.fabric.drop(peer)
+            self.transfers.peer_lost(peer)
+            self.joiner.forget(peer)
+            self.side.hang_up(peer)
+        for member in view.members.values():
+            peer = (member.rank, member.incarnation)
+            if peer == self.me or (before is not None and before.has(*peer)):
+                continue
+            if not self._is_senior(peer):  # the junior of a pair calls
+                self.side.connect(peer, self._reachable(member.address, member.node))
+            if self.place.comm is not None:
+                self.fabric.up(self.fabric.link(peer), self.place.comm, member.rank)
+        self._adopt(view)  # first, so that this rank's report has them
+        self.handle(ev.ViewInstalled(view))
+        for listener in self.view_listeners:
+            self.engine.outside(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
+        lost = ", ".join(f"{m.rank}.{m.incarnation}" for m in what.lost)
+        log.info("view %d: ranks %s%s", view.number, view.ranks, f" (lost: {lost})" if lost else "")
+
+    def _adopt(self, view: View) -> None:
+        """Go on serving what members of this node that are gone left in the arena; the lowest rank of the node does."""
+        mates = [m.rank for m in view.members.values() if m.node == self.place.node]
+        if self.place.rank != min(mates):
+            return
+        for found in self.arena.objects():
+            if view.has(found.rank, found.incarnation) or self.objects.stream(found.oid) is not None:
+                continue
+            if found.version:
+                continue  # whether a reduced object is final is not known from its bytes
+            pinned = self.arena.map(found.oid)
+            if pinned is not None:
+                self.objects.stored(found.oid, pinned.meta, pinned)
+                self.handle(ev.AdoptObject(found.oid, pinned.meta))
+
+    def ready(self, oid: ObjectID) -> Ready | None:
+        """Return the object if it can be had here at once. Any thread."""
+        return self.objects.ready.get(oid)
+
+
+def _arena_limits(config: Config) -> dict[str, Any]:
+    return {"memory_limit": config.memory_limit, "recycle_limit": config.recycle_limit}
+
+
+if sys.platform != "linux":  # /dev/shm, eventfd, epoll
+    raise ImportError("hoplite_mpi needs Linux")

@@ -1,0 +1,311 @@
+"""Reduce slots of this rank: output = own source (op) the outputs of the children, chunk by chunk as they arrive.
+
+A child's chunks go to private buffers, a window of them for each child; the output is kept from its beginning until the slot is stopped, so that a
+parent that has to start again can. Hoplite, SIGCOMM 2021, section 4.3.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hoplite_mpi.errors import HopliteError
+from hoplite_mpi.ids import ObjectID
+from hoplite_mpi.memory import Arena, Region, kernels
+from hoplite_mpi.meta import Meta
+from hoplite_mpi.objects import Objects
+from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.testing import fault
+from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.fabric import Fabric
+from hoplite_mpi.transport.sidechannel import PeerKey
+from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
+
+__all__ = ["Slots", "reduce_bytes", "slot_key"]
+
+log = logging.getLogger("hoplite_mpi.slots")
+
+_KEY = struct.Struct(">c16sIQ")
+
+
+def slot_key(rid: ObjectID, slot: int, generation: int) -> bytes:
+    """Return the name of a slot's output stream."""
+    return _KEY.pack(b"s", bytes(rid), slot, generation)
+
+
+@dataclass(eq=False)
+class _Child:
+    """A child's stream at its parent."""
+
+    slot: int
+    generation: int
+    buffers: list[memoryview]
+    incoming: Incoming | None = None
+    #: the child's output itself, if it is a slot of this rank: then nothing is received
+    local: Stream | None = None
+    #: chunks received, in order
+    arrived: int = 0
+    #: receives may still write to the buffers: a new stream gets new ones
+    tainted: bool = False
+
+    def has(self, index: int, stop: int) -> bool:
+        """Return whether chunk *index*, which ends at byte *stop*, is here."""
+        return self.arrived > index if self.local is None else self.local.progress >= stop
+
+    def chunk(self, index: int, start: int, stop: int) -> memoryview:
+        """Return the bytes [start, stop), which are those of chunk *index*."""
+        if self.local is not None:
+            return self.local.data[start:stop]
+        return self.buffers[index % len(self.buffers)][: stop - start]
+
+
+@dataclass(eq=False)
+class _Slot:
+    what: ev.StartSlot
+    source: Stream
+    output: Stream
+    region: Region | None
+    chunk: int
+    #: position among the children (their order is fixed by slot number, for the same bits in every run of one tree) → child
+    children: dict[int, _Child] = field(default_factory=dict)
+    #: chunks done
+    done: int = 0
+    stopped: bool = False
+
+
+class Slots:
+    """All reduce slots of this rank. Called under the engine's lock."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        fabric: Fabric,
+        transfers: Transfers,
+        arena: Arena,
+        objects: Objects,
+        handle: Callable[[ev.Event], None],
+        me: PeerKey,
+    ) -> None:
+        self._me = me
+        self._engine = engine
+        self._fabric = fabric
+        self._transfers = transfers
+        self._arena = arena
+        self._objects = objects
+        self._handle = handle
+        self._slots: dict[tuple[ObjectID, int], _Slot] = {}
+        #: newest generation of each slot that was stopped here: its streams are refused
+        self._stopped: dict[tuple[ObjectID, int], int] = {}
+
+    def find(self, key: bytes) -> Any:
+        """Return the output stream of that name, REFUSE, or None if it may still come."""
+        _, raw, number, generation = _KEY.unpack(key)
+        name = (ObjectID(raw), number)
+        slot = self._slots.get(name)
+        if slot is not None and slot.what.generation == generation:
+            return slot.output
+        if (slot is not None and slot.what.generation > generation) or self._stopped.get(name, -1) >= generation:
+            return REFUSE
+        return None
+
+    def start(self, what: ev.StartSlot) -> None:
+        """Begin a slot; see `StartSlot`."""
+        name = (what.rid, what.slot)
+        self._stop(name)
+        source = self._objects.stream(what.source)
+        if source is None:
+            self._fail(what, "source", f"{what.source} is not on this rank")
+            return
+        itemsize = what.meta.dtype.itemsize if what.meta.dtype is not None else 1
+        chunk = max(itemsize, self._engine.config.chunk_size // itemsize * itemsize)
+        region = None
+        key = slot_key(*name, what.generation)
+        try:
+            if what.is_root:
+                region = self._arena.allocate(what.rid, what.meta, what.generation)
+            elif what.num_children:
+                region = self._arena.allocate_private(what.meta.nbytes)
+        except HopliteError as error:
+            self._fail(what, "reduce", str(error))
+            return
+        if region is None:  # a leaf's output is its source
+            output = Stream(self._engine, key, source.data, source.progress, keep=source.keep)
+        else:
+            output = Stream(self._engine, key, memoryview(region.data), keep=region)
+        slot = _Slot(what, source, output, region, chunk)
+        self._slots[name] = slot
+        if what.is_root:
+            self._objects.publish(what.rid, what.generation, what.meta, output)
+        self._transfers.appeared.fire()
+        if region is not None:
+            self._engine.spawn(self._run(slot), lambda error: self._run_ended(slot, error))
+
+    def pull_child(self, what: ev.PullChild) -> None:
+        """Take a child's stream into the slot; see `PullChild`."""
+        slot = self._slots.get((what.rid, what.slot))
+        if slot is None or slot.what.generation != what.generation:
+            return
+        child = slot.children.get(what.child_slot)
+        if child is not None and child.generation == what.child_generation and child.incoming is not None:
+            return
+        if (what.rank, what.incarnation) == self._me:
+            self._engine.spawn(self._take_local(slot, what))
+            return
+        window = self._engine.config.window
+        if child is None or child.tainted or child.generation != what.child_generation:
+            arrived = 0 if child is None or child.generation != what.child_generation else child.arrived
+            if child is not None and child.incoming is not None:
+                self._transfers.stop(child.incoming)
+            child = _Child(what.child_slot, what.child_generation, [_chunk_buffer(slot.chunk) for _ in range(window)])
+            # chunks that were received and not yet used would be in the tainted buffers: ask for them again
+            child.arrived = min(arrived, slot.done)
+            slot.children[what.child_slot] = child
+        here, first = child, child.arrived
+
+        def buffer_of(start: int, stop: int) -> memoryview:
+            return here.buffers[(start // slot.chunk) % window][: stop - start]
+
+        def progressed(position: int) -> None:
+            here.arrived = -(-position // slot.chunk)
+            slot.output.changed.fire()
+            slot.source.changed.fire()
+
+        def ended(reason: str | None, tainted: bool) -> None:
+            here.incoming, here.tainted = None, here.tainted or tainted
+            if reason is not None and not slot.stopped:
+                log.info("slot %d of %s: child %d ended: %s", what.slot, what.rid, what.child_slot, reason)
+                self._child_failed(slot, what.child_slot, what.child_generation)
+
+        child.incoming = self._transfers.pull(
+            self._fabric.link((what.rank, what.incarnation)),
+            slot_key(what.rid, what.child_slot, what.child_generation),
+            first * slot.chunk,
+            slot.what.meta.nbytes,
+            slot.chunk,
+            buffer_of,
+            progressed,
+            ended,
+            watch=False,  # a child may wait for its own children as long as it takes
+            allowed=slot.done + window - first,
+        )
+
+    async def _take_local(self, slot: _Slot, what: ev.PullChild) -> None:
+        """Use the output of a slot of this rank as a child, as soon as that slot is there."""
+        key = slot_key(what.rid, what.child_slot, what.child_generation)
+        while (stream := self.find(key)) is None and not slot.stopped:
+            await self._transfers.appeared
+        if slot.stopped:
+            return
+        if stream is REFUSE:
+            self._child_failed(slot, what.child_slot, what.child_generation)
+            return
+        known = slot.children.get(what.child_slot)
+        if known is not None and known.incoming is not None:
+            self._transfers.stop(known.incoming)
+        slot.children[what.child_slot] = _Child(what.child_slot, what.child_generation, [], local=stream)
+        slot.output.changed.fire()
+
+    def _child_failed(self, slot: _Slot, child_slot: int, child_generation: int) -> None:
+        what = slot.what
+        self._handle(ev.ChildFailed(what.rid, what.slot, what.generation, child_slot, child_generation))
+
+    def stop(self, what: ev.StopSlot) -> None:
+        """End a slot; see `StopSlot`."""
+        name = (what.rid, what.slot)
+        slot = self._slots.get(name)
+        if slot is not None and slot.what.generation <= what.generation:
+            self._stop(name)
+        self._stopped[name] = max(what.generation, self._stopped.get(name, -1))
+
+    async def _run(self, slot: _Slot) -> None:
+        what, chunk = slot.what, slot.chunk
+        nbytes = what.meta.nbytes
+        dtype = what.meta.dtype if what.meta.dtype is not None else np.dtype(np.uint8)
+        wake = slot.output.changed
+        while slot.done * chunk < nbytes:
+            start, stop = slot.done * chunk, min((slot.done + 1) * chunk, nbytes)
+            while not slot.stopped and not self._has(slot, stop):
+                slot.source.changed.relay(wake)
+                for child in slot.children.values():
+                    if child.local is not None:
+                        child.local.changed.relay(wake)
+                await wake
+                for child in [c for c in slot.children.values() if c.local is not None and c.local.broken]:
+                    del slot.children[child.slot]
+                    self._child_failed(slot, child.slot, child.generation)
+            if slot.stopped:
+                return
+            fault.point("reduce.chunk")
+            output = np.frombuffer(slot.output.data[start:stop], dtype)
+            left: Any = np.frombuffer(slot.source.data[start:stop], dtype)
+            for number in sorted(slot.children):
+                chunk_of_child = np.frombuffer(slot.children[number].chunk(slot.done, start, stop), dtype)
+                kernels.reduce_into(what.op, output, left, chunk_of_child)
+                left = output
+            if left is not output:
+                output[...] = left
+            slot.done += 1
+            slot.output.advance(stop)
+            for child in slot.children.values():
+                if child.incoming is not None:
+                    first = child.incoming.offset // chunk
+                    self._transfers.allow(child.incoming, slot.done + len(child.buffers) - first)
+
+    @staticmethod
+    def _has(slot: _Slot, stop: int) -> bool:
+        return (
+            slot.source.progress >= stop
+            and len(slot.children) == slot.what.num_children
+            and all(child.has(slot.done, stop) for child in slot.children.values())
+        )
+
+    def _run_ended(self, slot: _Slot, error: BaseException | None) -> None:
+        what = slot.what
+        if slot.stopped:
+            return
+        if error is not None:
+            log.error("slot %d of %s failed: %s", what.slot, what.rid, error)
+            self._handle(ev.SlotFailed(what.rid, what.slot, what.generation, "reduce", str(error)))
+        elif what.is_root:
+            assert slot.region is not None
+            self._objects.root_done(what.rid, what.generation, slot.region)
+            slot.region = None
+            self._handle(ev.SlotDone(what.rid, what.slot, what.generation))
+
+    def _fail(self, what: ev.StartSlot, kind: str, text: str) -> None:
+        self._handle(ev.SlotFailed(what.rid, what.slot, what.generation, kind, text))
+
+    def _stop(self, name: tuple[ObjectID, int]) -> None:
+        slot = self._slots.pop(name, None)
+        if slot is None:
+            return
+        slot.stopped = True
+        if not slot.what.is_root or slot.region is not None:
+            slot.output.fail()
+        for child in slot.children.values():
+            if child.incoming is not None:
+                self._transfers.stop(child.incoming)
+        if slot.region is not None:
+            slot.region.abandon()
+            slot.region = None
+        slot.output.changed.fire()
+
+
+def _chunk_buffer(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
+
+
+def reduce_bytes(op: str, inputs: Sequence[bytes], meta: Meta) -> bytes:
+    """Return the reduction of small objects, in the order given; half-precision floats are accumulated in float32."""
+    dtype = meta.dtype if meta.dtype is not None else np.dtype(np.uint8)
+    kernels.op_by_name(op).check(dtype)
+    wide = np.dtype(np.float32) if dtype.itemsize == 2 and dtype.kind not in "iub" else dtype
+    total = np.frombuffer(inputs[0], dtype).astype(wide)
+    for data in inputs[1:]:
+        kernels.reduce_into(op, total, total, np.frombuffer(data, dtype).astype(wide, copy=False))
+    return total.astype(dtype, copy=False).tobytes()

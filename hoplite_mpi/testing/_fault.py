@@ -1,0 +1,100 @@
+"""Named points at which a test can make a process fail: ``fault.point("journal.before_fsync")``.
+
+Which of them fire is said by the environment variable ``HOPLITE_FAULT``, or in one process by `enable`::
+
+    [RANK:]NAME=ACTION[@K][#INCARNATION] [; ...]
+
+ACTION is ``kill`` (SIGKILL itself), ``stop`` (SIGSTOP itself), ``exit`` (at once, with code 70) or ``raise``
+(`FaultInjected`). It happens the K-th time that the process passes the point (default: the first). RANK: only there.
+INCARNATION: a number, or ``*`` for any; default 0, so that a replacement doesn't die of what killed the one before it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from dataclasses import dataclass
+
+__all__ = ["FaultInjected", "disable", "enable", "passed", "point"]
+
+_RULE = re.compile(r"(?:(\d+):)?([\w.\-]+)=(kill|stop|exit|raise)(?:@([1-9]\d*))?(?:#(\d+|\*))?")
+_EXIT_CODE = 70
+
+
+class FaultInjected(RuntimeError):
+    """Raised at a fault point with the action ``raise``."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    action: str
+    #: fires at this passing, counted from 1
+    at: int
+
+
+#: whether any rule is set: the one thing that a point looks at when off
+_on = False
+#: point → what happens there, in this process
+_rules: dict[str, list[_Rule]] = {}
+#: point → how often it was passed since the rules were set
+_passed: dict[str, int] = {}
+_lock = threading.Lock()
+
+
+def point(name: str) -> None:
+    """Fail here if a test asked for it; otherwise do nothing."""
+    if _on:
+        _pass(name)
+
+
+def _pass(name: str) -> None:
+    with _lock:
+        count = _passed[name] = _passed.get(name, 0) + 1
+        action = next((rule.action for rule in _rules.get(name, ()) if rule.at == count), None)
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif action == "exit":
+        os._exit(_EXIT_CODE)
+    elif action == "raise":
+        raise FaultInjected(f"fault point {name}, passing {count}")
+
+
+def passed(name: str) -> int:
+    """Return how often this process passed the point since rules were set; 0 while there are none."""
+    with _lock:
+        return _passed.get(name, 0)
+
+
+def enable(spec: str) -> None:
+    """Replace the rules of this process and begin counting anew; ValueError if *spec* isn't in the form above."""
+    rules: dict[str, list[_Rule]] = {}
+    rank, incarnation = os.environ.get("HOPLITE_RANK", "0"), os.environ.get("HOPLITE_INCARNATION", "0")
+    for text in filter(None, (part.strip() for part in spec.split(";"))):
+        match = _RULE.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a fault: write [RANK:]NAME=kill|stop|exit|raise[@K][#INCARNATION]")
+        only_rank, name, action, at, only_incarnation = match.groups()
+        if (only_rank or rank) == rank and (only_incarnation or "0") in (incarnation, "*"):
+            rules.setdefault(name, []).append(_Rule(action, int(at or 1)))
+    _set(rules)
+
+
+def disable() -> None:
+    """Forget all rules and counts of this process."""
+    _set({})
+
+
+def _set(rules: dict[str, list[_Rule]]) -> None:
+    global _on
+    with _lock:
+        _rules.clear()
+        _rules.update(rules)
+        _passed.clear()
+        _on = bool(rules)
+
+
+enable(os.environ.get("HOPLITE_FAULT", ""))

@@ -1,0 +1,234 @@
+"""Links: MPI point-to-point between this process and each peer, control messages in order, and the doorbell.
+
+Doorbell rule: post the MPI send first, then ring with the number of messages posted so far; a process does not block while it has
+received fewer than rung. A peer that has said it is awake needs no ring until it says that it goes to sleep.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpi4py import MPI
+
+from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
+
+__all__ = ["AWAKE", "ASLEEP", "CONTROL_SLOT", "Fabric", "Link", "RING"]
+
+log = logging.getLogger("hoplite_mpi.fabric")
+
+#: kinds of side-channel messages that are ours
+RING, AWAKE, ASLEEP = 1, 2, 3
+
+_CONTROL_TAG = 1
+#: tags of transfers; the standard guarantees 32767
+_FIRST_TAG = 16
+#: bytes of one control message on the wire: an inline object with its envelope fits into one
+CONTROL_SLOT = 72 * 1024
+_MORE = 1
+#: channel, flags, length: a length of its own spares a Status for each receive
+_HEAD = struct.Struct("<BBI")
+
+
+@dataclass(eq=False)
+class Link:
+    """MPI connection to one incarnation of a rank."""
+
+    peer: PeerKey
+    comm: MPI.Comm | None = None
+    dest: int = 0
+    #: the process is gone or evicted: nothing is sent any more, and what is pending stays with MPI
+    down: bool = False
+    #: control messages that wait for the connection
+    backlog: deque[bytes] = field(default_factory=deque)
+    #: control messages posted, and received, since the connection came up
+    sent: int = 0
+    received: int = 0
+    #: what the peer's last ring said that it had posted
+    rung: int = 0
+    peer_awake: bool = False
+    ring_out: bool = False
+    told_awake: bool = False
+    partial: bytearray | None = None
+    receive: Callable[[BaseException | None], None] | None = None
+    #: buffer of each send that MPI has not completed
+    unfinished: dict[Callable[[BaseException | None], None], Any] = field(default_factory=dict)
+    next_tag: int = _FIRST_TAG
+
+
+class Fabric:
+    """All links of a process. Called under the engine's lock."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        side: SideChannel,
+        on_message: Callable[[PeerKey, int, bytes], None],
+        on_wanted: Callable[[Link], None],
+    ) -> None:
+        self._engine = engine
+        self._side = side
+        #: told (peer, channel, payload) for each control message, in order for each peer
+        self._on_message = on_message
+        #: asked to bring up a link that something was sent on
+        self._on_wanted = on_wanted
+        self._links: dict[PeerKey, Link] = {}
+        self._tag_limit = min(int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767), 1 << 22)
+        #: requests on dead peers and their buffers: MPI may touch these until the process ends
+        self._quarantine: list[tuple[MPI.Request | None, Any]] = []
+        self.messages_sent = 0
+        self.bytes_sent = 0
+        engine.may_sleep = self._may_sleep
+
+    def link(self, peer: PeerKey) -> Link:
+        """Return the link to a process, new if there was none."""
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = Link(peer)
+        return link
+
+    def up(self, link: Link, comm: MPI.Comm, dest: int) -> None:
+        """Use *comm* for the link from now on."""
+        link.comm, link.dest = comm, dest
+        if link.down:
+            return
+        self._listen(link)
+        while link.backlog:
+            self._post(link, link.backlog.popleft())
+
+    def drop(self, peer: PeerKey) -> None:
+        """Give a link up: its process is gone."""
+        link = self._links.get(peer)
+        if link is None or link.down:
+            return
+        link.down = True
+        link.backlog.clear()
+        for callback, buffer in link.unfinished.items():
+            self._quarantine.append((self._engine.unwatch(callback), buffer))
+        link.unfinished.clear()
+        if link.receive is not None:
+            request = self._engine.unwatch(link.receive)
+            if request is not None:
+                request.Cancel()  # if it has been matched it stays pending, in a buffer that nobody else uses
+
+    def send(self, peer: PeerKey, channel: int, payload: bytes) -> None:
+        """Send a control message; it is dropped if the peer is gone."""
+        link = self.link(peer)
+        if link.down:
+            return
+        room = CONTROL_SLOT - _HEAD.size
+        fragments = [payload[i : i + room] for i in range(0, len(payload), room)] or [b""]
+        for index, fragment in enumerate(fragments):
+            more = _MORE if index + 1 < len(fragments) else 0
+            message = _HEAD.pack(channel, more, len(fragment)) + fragment
+            if link.comm is None:
+                link.backlog.append(message)
+            else:
+                self._post(link, message)
+        if link.comm is None:
+            self._on_wanted(link)
+
+    def _post(self, link: Link, message: bytes) -> None:
+        assert link.comm is not None
+        self.isend(link, message, _CONTROL_TAG, lambda error: self._sent(link, error))
+        link.sent += 1
+        self.messages_sent += 1
+        self.bytes_sent += len(message)
+        if not link.peer_awake and not link.ring_out:
+            link.ring_out = self._side.send(link.peer, RING, link.sent)
+
+    def _sent(self, link: Link, error: BaseException | None) -> None:
+        if error is not None and not link.down:
+            log.warning("a control message to rank %d.%d failed: %s", *link.peer, error)
+
+    def _listen(self, link: Link) -> None:
+        assert link.comm is not None
+        slot = bytearray(CONTROL_SLOT)
+
+        def post() -> None:
+            assert link.comm is not None
+            request = link.comm.Irecv([slot, MPI.BYTE], link.dest, _CONTROL_TAG)
+            self._engine.watch(request, arrived, passive=True)
+
+        def arrived(error: BaseException | None) -> None:
+            if link.down:
+                return
+            if error is not None:
+                log.warning("receiving from rank %d.%d failed: %s", *link.peer, error)
+                return
+            channel, more, length = _HEAD.unpack_from(slot)
+            payload = bytes(memoryview(slot)[_HEAD.size : _HEAD.size + length])
+            post()
+            link.received += 1
+            self._deliver(link, channel, more, payload)
+
+        link.receive = arrived
+        post()
+
+    def _deliver(self, link: Link, channel: int, more: int, payload: bytes) -> None:
+        if more or link.partial is not None:
+            if link.partial is None:
+                link.partial = bytearray()
+            link.partial += payload
+            if more:
+                return
+            payload, link.partial = bytes(link.partial), None
+        self._on_message(link.peer, channel, payload)
+
+    def isend(
+        self, link: Link, buffer: Any, tag: int, callback: Callable[[BaseException | None], None], keep: Any = None
+    ) -> None:
+        """Post a send and keep *buffer* and *keep* alive until MPI is done with them, for ever if the peer dies first."""
+        assert link.comm is not None
+
+        def ended(error: BaseException | None) -> None:
+            del link.unfinished[ended]
+            callback(error)
+
+        link.unfinished[ended] = (buffer, keep)
+        self._engine.watch(link.comm.Isend([buffer, MPI.BYTE], link.dest, tag), ended)
+
+    # -- transfers ---------------------------------------------------------------------------------------------------------
+
+    def new_tag(self, link: Link) -> int:
+        """Return a tag for a transfer; transfers are drained, so one that comes round again is free."""
+        tag = link.next_tag
+        link.next_tag = tag + 1 if tag + 1 < self._tag_limit else _FIRST_TAG
+        return tag
+
+    # -- doorbell ------------------------------------------------------------------------------------------------------------
+
+    def on_side_message(self, peer: PeerKey, kind: int, count: Any) -> None:
+        """Take a RING, AWAKE or ASLEEP."""
+        link = self.link(peer)
+        if kind == RING:
+            link.rung = max(link.rung, count)
+            link.told_awake = True
+            self._side.send(peer, AWAKE, 0)
+        elif kind == AWAKE:
+            link.peer_awake, link.ring_out = True, False
+        elif kind == ASLEEP:
+            link.peer_awake = link.ring_out = False
+            if link.sent > count and not link.down:
+                link.ring_out = self._side.send(peer, RING, link.sent)
+
+    def side_is_up(self, peer: PeerKey) -> None:
+        """Ring for what was posted before there was a connection to ring on."""
+        link = self.link(peer)
+        if link.sent and not link.peer_awake and not link.ring_out:
+            link.ring_out = self._side.send(peer, RING, link.sent)
+
+    def _may_sleep(self) -> bool:
+        for link in self._links.values():
+            if link.received < link.rung and not link.down:
+                return False
+        for link in self._links.values():
+            if link.told_awake:
+                link.told_awake = False
+                self._side.send(link.peer, ASLEEP, link.received)
+        return True

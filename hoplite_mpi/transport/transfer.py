@@ -1,0 +1,367 @@
+"""Transfers: the bytes of a stream, chunk by chunk, from a process that has or gets them to one that asked.
+
+Receiver-driven: the receiver posts its first receives, then asks for (key, offset) by control message; the sender sends each chunk as soon as its
+own copy has it. When a transfer is given up while both live, the sender says how many chunks it had posted, so that the
+receiver can take exactly those and nothing is left under way.
+
+Who owns a buffer: only an unmatched receive can be cancelled. A matched one from a peer that has died or stopped may go on writing, so its
+region is quarantined and the prefix that had arrived moves to a new one (`Sink.on_quarantine`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+from mpi4py import MPI
+
+from hoplite_mpi.testing import fault
+from hoplite_mpi.transport.engine import Engine, Signal, Timer
+from hoplite_mpi.transport.fabric import Fabric, Link
+from hoplite_mpi.transport.sidechannel import PeerKey
+
+__all__ = ["REFUSE", "Incoming", "Stream", "Transfers"]
+
+log = logging.getLogger("hoplite_mpi.transfer")
+
+_PULL, _STOP, _STOPPED = range(3)
+
+#: what `find` answers for a stream that will not be here (again)
+REFUSE = object()
+
+
+class Stream:
+    """Bytes that others can pull while they grow: an object, or a partial result of a reduce.
+
+    `keep` holds what keeps the bytes in place (a pin, a region).
+    """
+
+    def __init__(self, engine: Engine, key: bytes, data: memoryview, progress: int = 0, keep: Any = None) -> None:
+        self.key = key
+        self.data = data
+        self.keep = keep
+        #: bytes [0, progress) are valid; only grows
+        self.progress = progress
+        #: the stream ended before its end: what was pulled from it is void
+        self.broken = False
+        self.changed = Signal(engine)
+
+    def advance(self, progress: int) -> None:
+        """Say that more bytes are valid."""
+        if progress > self.progress:
+            self.progress = progress
+            self.changed.fire()
+
+    def fail(self) -> None:
+        """Say that no more bytes are coming."""
+        self.broken = True
+        self.changed.fire()
+
+
+@dataclass(eq=False)
+class Incoming:
+    """One transfer at its receiver. Bytes [offset, offset + n) of the stream go where *buffer_of* says."""
+
+    number: int
+    link: Link
+    tag: int
+    offset: int
+    end: int
+    chunk: int
+    #: returns where the chunk at that offset goes
+    buffer_of: Callable[[int, int], memoryview]
+    #: told how far the stream is here, in order
+    on_progress: Callable[[int], None]
+    #: told (None, False) when all is there, else (why not, tainted): a tainted buffer may still be written to by MPI
+    on_end: Callable[[str | None, bool], None]
+    posted: int = 0
+    progress: int = 0
+    arrived: set[int] = field(default_factory=set)
+    pending: dict[int, Callable[[BaseException | None], None]] = field(default_factory=dict)
+    #: chunks that may be received now (None: all): what bounds the buffers of a reader slower than the sender
+    allowed: int | None = None
+    #: chunks that the sender said it had posted when it stopped
+    limit: int | None = None
+    ended: bool = False
+    #: given up here: what still arrives is not wanted
+    stopping: str | None = None
+    #: `on_end` has been told; what the sender has posted is taken so that nothing stays under way
+    draining: bool = False
+    watchdog: Timer | None = None
+    seen: int = -1
+
+    @property
+    def chunks(self) -> int:
+        return -(-(self.end - self.offset) // self.chunk)
+
+    def span(self, index: int) -> tuple[int, int]:
+        start = self.offset + index * self.chunk
+        return start, min(start + self.chunk, self.end)
+
+
+@dataclass(eq=False)
+class _Outgoing:
+    link: Link
+    number: int
+    changed: Signal
+    stopped: bool = False
+    posted: int = 0
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.changed.fire()
+
+
+class Transfers:
+    """All transfers of a process. Called under the engine's lock."""
+
+    def __init__(self, engine: Engine, fabric: Fabric, channel: int, find: Callable[[bytes], Any]) -> None:
+        self._engine = engine
+        self._fabric = fabric
+        self._channel = channel
+        #: returns the Stream of a key, REFUSE, or None: it isn't here yet
+        self._find = find
+        #: fire it when a stream has come that was not here
+        self.appeared = Signal(engine)
+        self._incoming: dict[int, Incoming] = {}
+        self._outgoing: dict[tuple[PeerKey, int], _Outgoing] = {}
+        self._last_number = 0
+        #: matched receives of dead peers and their buffers: MPI may write there until the process ends
+        self._quarantine: list[Any] = []
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        self.started = 0
+        self.stalled = 0
+
+    # -- receiver ----------------------------------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        link: Link,
+        key: bytes,
+        offset: int,
+        end: int,
+        chunk: int,
+        buffer_of: Callable[[int, int], memoryview],
+        on_progress: Callable[[int], None],
+        on_end: Callable[[str | None, bool], None],
+        watch: bool = True,
+        allowed: int | None = None,
+    ) -> Incoming:
+        """Ask the peer for bytes [offset, end) of a stream.
+
+        watch: give up after `Config.stall_timeout` without progress; allowed: chunks to take before `allow` says more.
+        """
+        self._last_number += 1
+        self.started += 1
+        incoming = Incoming(
+            self._last_number, link, self._fabric.new_tag(link), offset, end, chunk, buffer_of, on_progress, on_end
+        )
+        incoming.progress, incoming.allowed = offset, allowed
+        self._incoming[incoming.number] = incoming
+        if link.down:
+            self._engine.after(0, lambda: self._finish(incoming, "peer lost"))
+            return incoming
+        self._refill(incoming)
+        request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk]
+        self._fabric.send(link.peer, self._channel, msgpack.packb(request))
+        if offset >= end:
+            self._engine.after(0, lambda: self._finish(incoming, None))
+        elif watch:
+            self._watch(incoming)
+        return incoming
+
+    def allow(self, incoming: Incoming, chunks: int) -> None:
+        """Let the first so many chunks in."""
+        incoming.allowed = chunks
+        if not incoming.ended:
+            self._refill(incoming)
+
+    def stop(self, incoming: Incoming, reason: str = "stopped") -> None:
+        """Give a transfer up, without a report; what the sender has posted is still taken, into the same buffers."""
+        if incoming.ended or incoming.stopping is not None:
+            return
+        incoming.stopping = reason
+        incoming.draining = True
+        self._fabric.send(incoming.link.peer, self._channel, msgpack.packb([_STOP, incoming.number]))
+
+    def _refill(self, incoming: Incoming) -> None:
+        link = incoming.link
+        if link.comm is None:
+            return
+        limit = incoming.chunks if incoming.limit is None else incoming.limit
+        if incoming.allowed is not None and not incoming.stopping:
+            limit = min(limit, incoming.allowed)
+        while len(incoming.pending) < self._engine.config.window and incoming.posted < limit:
+            index = incoming.posted
+            incoming.posted += 1
+            start, stop = incoming.span(index)
+            # what still comes of a transfer that was given up must be taken, but not kept
+            buffer = memoryview(bytearray(stop - start)) if incoming.stopping else incoming.buffer_of(start, stop)
+
+            def arrived(error: BaseException | None, index: int = index, buffer: memoryview = buffer) -> None:
+                self._arrived(incoming, index, buffer, error)
+
+            incoming.pending[index] = arrived
+            self._engine.watch(link.comm.Irecv([buffer, MPI.BYTE], link.dest, incoming.tag), arrived)
+
+    def _arrived(self, incoming: Incoming, index: int, buffer: memoryview, error: BaseException | None) -> None:
+        incoming.pending.pop(index, None)
+        if incoming.ended:
+            return
+        if error is not None:
+            self._finish(incoming, f"receive failed: {error}")
+            return
+        self.bytes_received += len(buffer)
+        incoming.arrived.add(index)
+        fault.point("transfer.chunk_received")
+        first = (incoming.progress - incoming.offset) // incoming.chunk if incoming.progress < incoming.end else -1
+        moved = False
+        while first in incoming.arrived:
+            incoming.arrived.discard(first)
+            incoming.progress = incoming.span(first)[1]
+            first += 1
+            moved = True
+        if incoming.stopping is None and moved:
+            incoming.on_progress(incoming.progress)
+        if incoming.progress >= incoming.end:
+            self._finish(incoming, incoming.stopping)
+        elif incoming.limit is not None and not incoming.pending and incoming.posted >= incoming.limit:
+            self._finish(incoming, incoming.stopping or "the sender stopped")
+        else:
+            self._refill(incoming)
+
+    def _watch(self, incoming: Incoming) -> None:
+        def check() -> None:
+            if incoming.ended or incoming.stopping is not None:
+                return
+            if incoming.progress == incoming.seen and incoming.link.comm is not None:
+                self.stalled += 1
+                self._route_around(incoming)
+                return
+            incoming.seen = incoming.progress if incoming.link.comm is not None else -1
+            self._watch(incoming)
+
+        incoming.watchdog = self._engine.after(self._engine.config.stall_timeout, check)
+
+    def _route_around(self, incoming: Incoming) -> None:
+        """Give up on a sender that lives but does not send: its chunks are taken, and thrown away, when it wakes."""
+        self.stop(incoming, "stalled")
+        incoming.on_end("stalled", bool(incoming.pending))
+
+    def _sender_died(self, incoming: Incoming) -> None:
+        """Cancel the receives from a dead peer. A matched one stays, and may go on writing if the peer was only stopped."""
+        tainted = False
+        for callback in list(incoming.pending.values()):
+            request = self._engine.unwatch(callback)
+            if request is None:
+                continue
+            request.Cancel()
+            status = MPI.Status()
+            if request.Test(status) and status.Is_cancelled():
+                continue
+            tainted = True
+            self._quarantine.append((request, callback))
+        incoming.pending.clear()
+        self._finish(incoming, "peer lost", tainted)
+
+    def _finish(self, incoming: Incoming, reason: str | None, tainted: bool = False) -> None:
+        if incoming.ended:
+            return
+        incoming.ended = True
+        if incoming.watchdog is not None:
+            incoming.watchdog.cancel()
+        self._incoming.pop(incoming.number, None)
+        if not incoming.draining:
+            incoming.on_end(reason, tainted)
+
+    # -- sender ------------------------------------------------------------------------------------------------------------
+
+    def on_message(self, peer: PeerKey, payload: bytes) -> None:
+        """Take a control message about a transfer."""
+        kind, number, *rest = msgpack.unpackb(payload)
+        link = self._fabric.link(peer)
+        if kind == _PULL:
+            tag, key, offset, end, chunk = rest
+            outgoing = self._outgoing[peer, number] = _Outgoing(link, number, Signal(self._engine))
+            self._engine.spawn(self._serve(outgoing, tag, key, offset, end, chunk))
+        elif kind == _STOP:
+            outgoing = self._outgoing.get((peer, number))
+            if outgoing is not None:
+                outgoing.stop()
+        elif kind == _STOPPED:
+            incoming = self._incoming.get(number)
+            if incoming is not None and not incoming.ended:
+                self._sender_stopped(incoming, rest[0])
+
+    def _sender_stopped(self, incoming: Incoming, posted: int) -> None:
+        """Take the chunks that are under way, cancel the receives for those that aren't."""
+        incoming.limit = posted
+        for index in sorted(incoming.pending, reverse=True):
+            if index >= posted:
+                request = self._engine.unwatch(incoming.pending.pop(index))
+                if request is not None:
+                    request.Cancel()
+                    request.Wait()
+                incoming.posted -= 1
+        if not incoming.pending and incoming.posted >= posted:
+            self._finish(incoming, incoming.stopping or "the sender stopped")
+        else:
+            self._refill(incoming)
+
+    async def _serve(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
+        link, number = outgoing.link, outgoing.number
+        try:
+            complete = await self._send_all(outgoing, tag, key, offset, end, chunk)
+        finally:
+            self._outgoing.pop((link.peer, number), None)
+        if not complete and not link.down:
+            self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
+
+    async def _send_all(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
+        """Send [offset, end); return whether all of it was posted."""
+        link, changed = outgoing.link, outgoing.changed
+
+        def over() -> bool:
+            return outgoing.stopped or link.down
+
+        while (stream := self._find(key)) is None and not over():
+            self.appeared.relay(changed)
+            await changed
+        if stream is None or stream is REFUSE or len(stream.data) < end:
+            return False
+        in_flight = 0
+
+        def sent(error: BaseException | None) -> None:
+            nonlocal in_flight
+            in_flight -= 1
+            changed.fire()
+
+        position = offset
+        while position < end:
+            stop = min(position + chunk, end)
+            while stream.progress < stop and not (stream.broken or over()):
+                stream.changed.relay(changed)
+                await changed
+            while in_flight >= self._engine.config.window and not (stream.broken or over()):
+                await changed
+            if stream.broken or over():
+                return False
+            fault.point("transfer.chunk_sent")
+            in_flight += 1
+            # `keep` holds the stream's bytes in place while MPI reads them
+            self._fabric.isend(link, stream.data[position:stop], tag, sent, keep=stream.keep)
+            self.bytes_sent += stop - position
+            outgoing.posted += 1
+            position = stop
+        return True
+
+    def peer_lost(self, peer: PeerKey) -> None:
+        """End all transfers with a process that is gone."""
+        for incoming in [t for t in self._incoming.values() if t.link.peer == peer]:
+            self._sender_died(incoming)
+        for outgoing in [o for (p, _), o in self._outgoing.items() if p == peer]:
+            outgoing.stop()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from exoflow_hpc.dag import task
+from exoflow_hpc.errors import IllegalAnnotationError
+from exoflow_hpc.options import TaskOptions, make_options
+
+
+def test_defaults_and_changes() -> None:
+    options = make_options(
+        TaskOptions(), {"name": "x", "checkpoint": "sync", "max_retries": 0, "retry_exceptions": True}
+    )
+    assert options == TaskOptions("x", "sync", 0, (Exception,))
+    assert make_options(options, {"retry_exceptions": [OSError, KeyError]}).retry_exceptions == (OSError, KeyError)
+    assert make_options(options, {"retry_exceptions": False}).retry_exceptions == ()
+    assert make_options(options, {"name": None}).checkpoint == "sync"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"chekpoint": "sync"}, TypeError, "did you mean 'checkpoint'"),
+        ({"zzz": 1}, TypeError, "there are"),
+        ({"checkpoint": "never"}, ValueError, "none of 'sync'"),
+        ({"checkpoint": True}, TypeError, "one of"),
+        ({"max_retries": -1}, ValueError, "0 or more"),
+        ({"max_retries": 1.0}, TypeError, "an int"),
+        ({"max_retries": True}, TypeError, "an int"),
+        ({"retry_exceptions": (OSError, "KeyError")}, TypeError, "'KeyError'"),
+        ({"retry_exceptions": 3}, TypeError, "3 is not one"),
+        ({"name": ""}, ValueError, "1 to 200"),
+        ({"name": "a/b"}, ValueError, "no '/'"),
+        ({"name": ".."}, ValueError, "not"),
+        ({"name": "a b"}, ValueError, "white space"),
+        ({"name": 3}, TypeError, "a str"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        task(**changes)
+    with pytest.raises(error, match=message):
+        task(len).options(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deterministic": False},
+        {"external": True},
+        {"external": True, "idempotent": True},
+        {"rollback": print},
+        {"num_returns": 2},
+        {"catch_exceptions": True},
+        {"timeout": 5},
+        {"cpus": 2},
+        {"gpus": 1},
+        {"memory": 1 << 30},
+        {"tags": ("big",)},
+        {"ranks": 2},
+        {"isolation": "inline"},
+        {"deterministic": 1},
+    ],
+)
+def test_what_is_not_enforced_yet_is_refused_and_not_ignored(changes: dict[str, Any]) -> None:
+    with pytest.raises(IllegalAnnotationError, match=f"{next(iter(changes))}=.*not supported"):
+        task(**changes)
+
+
+def test_asking_for_what_is_there_anyway_is_fine() -> None:
+    neutral = {
+        "deterministic": True,
+        "external": False,
+        "idempotent": False,
+        "rollback": None,
+        "num_returns": 1,
+        "tags": (),
+    }
+    assert (
+        make_options(TaskOptions(), {**neutral, "timeout": None, "cpus": 1, "gpus": 0, "isolation": "process"})
+        == TaskOptions()
+    )

@@ -1,0 +1,81 @@
+"""The pool itself: what it prints, calls, refuses, and says when it can't start workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exoflow_hpc.worker import TaskCrashed, TaskDone, WorkerPool
+
+
+def test_prints_come_out_line_by_line(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path[:0] = {sys.path!r}
+            import hashlib, queue, cloudpickle
+            from exoflow_hpc.worker import TaskIdentity, TaskRequest, WorkerPool
+            from hoplite_mpi import ObjectID
+
+            def task(name):
+                for number in range(300):
+                    print(name, number, name)
+
+            def request(name):
+                blob = cloudpickle.dumps(task)
+                args = cloudpickle.dumps(((name,), {{}}))
+                return TaskRequest(TaskIdentity("w", name), "k", args, {{"k": blob}}, {{}}, ObjectID.random())
+
+            done = queue.Queue()
+            with WorkerPool(2) as pool:
+                for name in "ab":
+                    pool.submit(request(name), done.put)
+                for _ in "ab":
+                    done.get(timeout=30)
+            """
+        )
+    )
+    output = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True).stdout
+    lines = output.splitlines()
+    for name in "ab":
+        expected = [f"{name} {number} {name}" for number in range(300)]
+        assert [line for line in lines if line.startswith(name)] == expected
+    assert len(lines) == 600
+
+
+def test_callback_that_raises_harms_nobody(pool: WorkerPool, tools: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_result: Any) -> None:
+        raise RuntimeError("broken callback")
+
+    pool.submit(tools.request(int), broken)
+    assert isinstance(tools.call(pool, int), TaskDone)
+    assert isinstance(tools.call(pool, int), TaskDone)
+    assert "broken callback" in caplog.text
+
+
+def test_pool_that_cannot_start_workers_says_so(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with WorkerPool(1) as pool:
+        result = tools.call(pool, int)
+        assert isinstance(result, TaskCrashed)
+        assert not result.started
+        assert "its forkserver, which exited with status 1" in result.reason
+        monkeypatch.undo()
+        assert isinstance(tools.call(pool, int), TaskDone)  # what was in the way is gone
+
+
+def test_closed_pool(tools: Any) -> None:
+    pool = WorkerPool(1)
+    pool.close()
+    with pytest.raises(Exception, match="closed"):
+        pool.submit(tools.request(int), print)
+    pool.close()
+    with pytest.raises(ValueError, match="0 workers"):
+        WorkerPool(0)
