@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from exoflow_hpc import history, journal, local, records, summary
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import (
     CanceledError,
+    CorruptCheckpointError,
     ExoFlowError,
     WorkflowActiveError,
     WorkflowExistsError,
@@ -133,7 +135,8 @@ def execute(place: Storage, workflow_id: str, ranks: int | None, *, quiet: bool)
     directory = place.directory(workflow_id)
     end = history.last_end(journal.read(directory).records)
     if end is not None and end.status == Status.SUCCESSFUL:
-        return summary.of_finished(place, workflow_id)
+        with contextlib.suppress(CorruptCheckpointError):  # it is computed again
+            return summary.of_finished(place, workflow_id)
     refuse_if_active(directory, workflow_id)
     count = local.default_ranks() if ranks is None else ranks
     if count < 1:

@@ -11,7 +11,7 @@ from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
 from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.spec import WorkflowSpec
 
-__all__ = ["Status", "committed_tasks", "last_end", "load_output", "status_of"]
+__all__ = ["Status", "check_output", "committed_tasks", "error_of", "last_end", "load_output", "status_of", "voided_tasks"]
 
 
 class Status:
@@ -28,13 +28,30 @@ class Status:
 
 
 def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, records.TaskCommitted]:
-    """Return index of task → its record. The first record of a task counts: consumers may have seen that output."""
-    found: dict[int, records.TaskCommitted] = {}
+    """Return index of task → its record. The first record of a task counts, as consumers may have seen that output, unless it is void."""
+    return _standing(spec, history)[0]
+
+
+def voided_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """Return index of task → checksum of its last output, for tasks that were committed and are not any more."""
+    return _standing(spec, history)[1]
+
+
+def _standing(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> tuple[dict[int, records.TaskCommitted], dict[int, str]]:
+    committed: dict[int, records.TaskCommitted] = {}
+    voided: dict[int, str] = {}
     for wire in history:
         record = records.decode(wire)
         if isinstance(record, records.TaskCommitted):
-            found.setdefault(spec.index(record.task_id), record)
-    return found
+            task = spec.index(record.task_id)
+            committed.setdefault(task, record)
+            voided.pop(task, None)
+        elif isinstance(record, records.TaskVoided):
+            task = spec.index(record.task_id)
+            known = committed.pop(task, None)
+            if known is not None:
+                voided[task] = known.checksum
+    return committed, voided
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:
@@ -60,6 +77,12 @@ def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.H
     if active:
         return (Status.RUNNING if started else Status.PENDING), history
     return Status.RESUMABLE, history
+
+
+def check_output(workflow_dir: Path, record: records.TaskCommitted) -> None:
+    """Raise CorruptCheckpointError if a committed output is not what was written. Runs no user code."""
+    if isinstance(record.location, records.InCheckpoint):
+        checkpoint.read(workflow_dir, record.location.file, record.location.entry, record.checksum)
 
 
 def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:

@@ -17,6 +17,7 @@ __all__ = [
     "TaskCommitted",
     "TaskFailed",
     "TaskStarted",
+    "TaskVoided",
     "WorkflowFinished",
     "WorkflowStarted",
     "decode",
@@ -94,6 +95,20 @@ class TaskCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskVoided:
+    """The committed output of *attempt* counts as absent from here on, until the task is committed anew.
+
+    Its checkpoint is not what was written (R11), or it was computed from a value that is lost (R5).
+    """
+
+    type: ClassVar[str] = "task_voided"
+    task_id: str
+    attempt: int
+    #: why, for people: it names the file
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFailed:
     """A task failed for good. *error* is the pickled exception, *message* its text."""
 
@@ -115,10 +130,10 @@ class WorkflowFinished:
     error: bytes = b""
 
 
-Record = WorkflowStarted | TaskStarted | TaskCommitted | TaskFailed | WorkflowFinished
+Record = WorkflowStarted | TaskStarted | TaskCommitted | TaskVoided | TaskFailed | WorkflowFinished
 
 _TYPES: dict[str, Any] = {
-    kind.type: kind for kind in (WorkflowStarted, TaskStarted, TaskCommitted, TaskFailed, WorkflowFinished)
+    kind.type: kind for kind in (WorkflowStarted, TaskStarted, TaskCommitted, TaskVoided, TaskFailed, WorkflowFinished)
 }
 
 

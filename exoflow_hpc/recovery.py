@@ -1,6 +1,6 @@
 """What has to run: the recovery planner. It knows what is committed and what was lost, nothing of ranks or time.
 
-Rule R6: what runs (again) is the backward closure from what is still wanted, stopping at committed tasks. Both
+Rule R6: what runs (again) is the backward closure from what is still wanted, stopping at committed tasks. All
 functions are pure and iterative: a chain of 10,000 tasks is no deeper for them than one of 2.
 """
 
@@ -10,7 +10,16 @@ from collections.abc import Callable, Container, Iterable, Sequence
 
 from .spec import TaskSpec
 
-__all__ = ["must_run_again", "wanted"]
+__all__ = ["descendants", "must_run_again", "wanted"]
+
+
+def descendants(tasks: Sequence[TaskSpec], source: int) -> list[int]:
+    """Return, in topological order, the tasks whose outputs were computed from that of *source*, itself left out."""
+    found = {source}
+    for task in tasks[source + 1 :]:
+        if not found.isdisjoint(task.data):
+            found.add(task.index)
+    return sorted(found - {source})
 
 
 def wanted(tasks: Sequence[TaskSpec], output: int, committed: Container[int]) -> list[int]:

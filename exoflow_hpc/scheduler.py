@@ -100,6 +100,11 @@ class Scheduler:
         return Counters(len(self._run), len(self.spec.tasks) - len(self._run), self._dispatches - len(self._run))
 
     @property
+    def ran(self) -> frozenset[int]:
+        """Tasks that were dispatched at least once."""
+        return frozenset(self._run)
+
+    @property
     def committed(self) -> frozenset[int]:
         """Tasks whose outputs are durable."""
         return frozenset(self._table.committed)

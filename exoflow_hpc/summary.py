@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
 from exoflow_hpc import history, journal
+from exoflow_hpc.errors import ExoFlowError, StorageError
 from exoflow_hpc.history import Status
 from exoflow_hpc.outcome import Ended
 from exoflow_hpc.spec import WorkflowSpec
@@ -43,7 +45,10 @@ def summarize(storage: Storage, ended: Ended) -> dict[str, Any]:
         }
         result["seconds"] = round(outcome.seconds, 3)
     if ended.status == Status.SUCCESSFUL:
-        result["output"] = jsonable(output_value(storage, ended.workflow_id))
+        try:
+            result["output"] = jsonable(output_value(storage, ended.workflow_id))
+        except StorageError as error:  # the run has succeeded all the same
+            result["error"] = str(error)
     return result
 
 
@@ -59,8 +64,6 @@ def of_finished(storage: Storage, workflow_id: str) -> dict[str, Any]:
 
 def output_value(storage: Storage, workflow_id: str, task: str | None = None) -> Any:
     """Return the committed output of a task, or of the workflow. WorkflowNotFoundError, ExoFlowError, CorruptCheckpointError."""
-    from exoflow_hpc.errors import ExoFlowError
-
     directory = storage.directory(workflow_id)
     spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
     index = spec.output if task is None else spec.index(task)
@@ -70,7 +73,14 @@ def output_value(storage: Storage, workflow_id: str, task: str | None = None) ->
             f"task {spec.tasks[index].name!r} of workflow {workflow_id!r} has no committed output"
             + (": resume the workflow" if index == spec.output else "")
         )
-    return history.load_output(directory, record)
+    sys.path.extend(path for path in spec.sys_path if path not in sys.path)  # where the classes of the output may be
+    try:
+        return history.load_output(directory, record)
+    except ExoFlowError:
+        raise
+    except Exception as error:  # whatever the user's classes raise when they are rebuilt
+        name = spec.tasks[index].name
+        raise OutputError(f"the output of task {name!r} of workflow {workflow_id!r} can't be loaded here: {error!r}") from error
 
 
 def jsonable(value: Any) -> Any:

@@ -32,6 +32,7 @@ from hoplite_mpi.errors import (
 )
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MIN, PROD, SUM, ReduceOp, sweep
+from hoplite_mpi.messaging import Mailbox
 from hoplite_mpi.transport import guard
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "EvictedError",
     "GetTimeoutError",
     "HopliteError",
+    "Mailbox",
     "ObjectDeletedError",
     "ObjectExistsError",
     "ObjectID",

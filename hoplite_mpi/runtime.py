@@ -25,7 +25,7 @@ from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.slots import Slots, reduce_bytes
 from hoplite_mpi.transport import joining
 from hoplite_mpi.transport.bootstrap import Place
-from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.engine import Engine, Ordered
 from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
 from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
@@ -78,6 +78,8 @@ class Runtime:
         self.closed: HopliteError | None = None
         self.left = False
         self.peers_lost = 0
+        #: messages and views for users of the store, in the order in which they came
+        self._ordered = Ordered(self.engine)
         self._events: deque[ev.Event] = deque()
         self._handling = False
         #: processes whose connection broke and are called once more, to see whether they are really gone
@@ -160,7 +162,7 @@ class Runtime:
                 return False
             peer = (member.rank, member.incarnation)
             if peer == self.me:
-                self.engine.outside(lambda: self.channels[channel](peer, payload))
+                self._ordered.post(lambda: self.channels[channel](peer, payload))
             else:
                 self.fabric.send(peer, _FIRST_USER_CHANNEL + channel, payload)
             return True
@@ -238,7 +240,7 @@ class Runtime:
             if receiver is None:
                 log.warning("rank %d sent a message on channel %d, where nobody listens", peer[0], channel)
                 return
-            self.engine.outside(lambda: receiver(peer, payload))
+            self._ordered.post(lambda: receiver(peer, payload))
 
     def _side_up(self, peer: PeerKey) -> None:
         self._redialed.discard(peer)
@@ -323,7 +325,7 @@ class Runtime:
         self._adopt(view)  # first, so that this rank's report has them
         self.handle(ev.ViewInstalled(view))
         for listener in self.view_listeners:
-            self.engine.outside(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
+            self._ordered.post(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
         lost = ", ".join(f"{m.rank}.{m.incarnation}" for m in what.lost)
         log.info("view %d: ranks %s%s", view.number, view.ranks, f" (lost: {lost})" if lost else "")
 

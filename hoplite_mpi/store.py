@@ -108,6 +108,11 @@ class ObjectStore:
         return [] if view is None else view.ranks
 
     @property
+    def runtime(self) -> Runtime:
+        """What the store stands on; for the packages of this distribution and its benchmarks."""
+        return self._runtime
+
+    @property
     def closed(self) -> bool:
         """Whether the store was closed, by this process or by the others."""
         return self._runtime.closed is not None
@@ -497,8 +502,15 @@ def _as_bytes(value: Any) -> tuple[Meta, memoryview]:
     """Return what *value* is and its bytes in C order, without a copy where it is contiguous."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         view = memoryview(value)
-        return Meta.of_bytes(view.nbytes), view.cast("B") if view.contiguous else memoryview(view.tobytes())
-    array = np.asarray(value)
+        # `cast` takes neither other orders than C's nor a zero among the lengths
+        flat = view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
+        return Meta.of_bytes(view.nbytes), flat
+    array = np.asarray(value) if _numpy_knows(value) else np.from_dlpack(value)
     meta = Meta.of_array(array)
     contiguous = np.ascontiguousarray(array).reshape(-1)
     return meta, memoryview(contiguous.view(np.uint8)) if array.nbytes else memoryview(b"")
+
+
+def _numpy_knows(value: Any) -> bool:
+    """Whether NumPy can take *value* by itself; what speaks only DLPack, it would wrap as a Python object."""
+    return hasattr(value, "__array__") or hasattr(value, "__array_interface__") or not hasattr(value, "__dlpack__")

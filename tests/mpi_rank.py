@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+# Python put tests/ there, where `hoplite_mpi` is the directory of its tests.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import pytest
 
 

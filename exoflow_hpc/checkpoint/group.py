@@ -44,9 +44,14 @@ class Item:
         size = os.fstat(self.fd).st_size
         if size < self.offset + self.meta.nbytes:  # touching a page past the end would be SIGBUS
             raise OSError(f"the source of task {self.task_id} has {size} bytes, not {self.offset} + {self.meta.nbytes}")
-        with mmap.mmap(self.fd, self.offset + self.meta.nbytes, access=mmap.ACCESS_READ) as mapped:
+        mapped = mmap.mmap(self.fd, self.offset + self.meta.nbytes, access=mmap.ACCESS_READ)
+        try:
             with memoryview(mapped) as whole, whole[self.offset :] as part:
                 yield part
+        finally:
+            # the frames of an error under way may hold slices of it: then it is unmapped when they are gone
+            with contextlib.suppress(BufferError):
+                mapped.close()
 
 
 def temporary_name(name: str) -> str:

@@ -6,17 +6,19 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
-from exoflow_hpc.exitcodes import exit_code
+from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.exitcodes import RESUMABLE, exit_code
+from exoflow_hpc.local import OUTCOME
 from exoflow_hpc.rank.session import Session
 from exoflow_hpc.storage import Storage
 from exoflow_hpc.summary import summarize
+from hoplite_mpi.errors import HopliteError
 
-__all__ = ["OUTCOME", "main"]
-
-#: file in the rendezvous directory by which the head tells the launcher how the run ended
-OUTCOME = "outcome.json"
+__all__ = ["main"]
 
 
 def main() -> int:
@@ -27,18 +29,31 @@ def main() -> int:
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--terminal", action="store_true")
     arguments = parser.parse_args()
-    session = Session()
+    session: Session | None = None
     try:
+        session = Session()
         storage = Storage(arguments.storage, create=False) if session.rank == 0 else None
         ended = session.run(storage, arguments.workflow_id, quiet=arguments.quiet, terminal=arguments.terminal)
         if session.rank == 0 and storage is not None:
-            text = json.dumps(summarize(storage, ended))
-            path = Path(os.environ["HOPLITE_RENDEZVOUS"], OUTCOME)
-            path.with_suffix(".tmp").write_text(text)
-            path.with_suffix(".tmp").rename(path)
+            _tell_launcher({"summary": summarize(storage, ended), "members": session.members()})
+        return exit_code(ended.status)
+    except (ExoFlowError, HopliteError) as error:
+        print(f"exoflow_hpc: rank {os.environ.get('HOPLITE_RANK', '?')}: {error}", file=sys.stderr)
+        return RESUMABLE
+    except Exception:  # an error of this package: it ends this rank, and nobody may wait for it
+        print(f"exoflow_hpc: rank {os.environ.get('HOPLITE_RANK', '?')} failed unexpectedly:", file=sys.stderr)
+        traceback.print_exc()
+        return RESUMABLE
     finally:
-        session.close()
-    return exit_code(ended.status)
+        if session is not None:
+            session.close()
+
+
+def _tell_launcher(what: dict[str, Any]) -> None:
+    """Say how the run ended, all at once: the launcher looks for the file."""
+    path = Path(os.environ["HOPLITE_RENDEZVOUS"], OUTCOME)
+    path.with_suffix(".tmp").write_text(json.dumps(what))
+    path.with_suffix(".tmp").rename(path)
 
 
 if __name__ == "__main__":

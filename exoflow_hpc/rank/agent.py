@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exoflow_hpc import checkpoint
-from exoflow_hpc.errors import ExoFlowError, StorageError
+from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError, StorageError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
@@ -31,8 +32,8 @@ from exoflow_hpc.worker.protocol import (
     TaskRequest,
     TaskResult,
 )
-from hoplite_mpi import HopliteError, ObjectID
-from hoplite_mpi.memory import reduce_into
+from hoplite_mpi import ClosedError, EvictedError, HopliteError, ObjectID
+from hoplite_mpi.memory import Arena, reduce_into
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.testing import fault
 
@@ -58,6 +59,8 @@ class _Job:
 
     run: ms.Run
     task: TaskSpec
+    #: id of its output
+    output: ObjectID
     #: position in `TaskSpec.data` → the input
     inputs: dict[int, Input] = field(default_factory=dict)
     #: position → what keeps an input's bytes in place until the attempt is over
@@ -72,8 +75,11 @@ class _Job:
 class Agent:
     """One rank's part in one workflow at a time. All methods run in the loop's thread."""
 
-    def __init__(self, store: ObjectStore, pool: WorkerPool, slots: int, writer: checkpoint.WriterClient, loop: Loop) -> None:
+    def __init__(
+        self, store: ObjectStore, arena: Arena, pool: WorkerPool, slots: int, writer: checkpoint.WriterClient, loop: Loop
+    ) -> None:
         self._store = store
+        self._arena = arena
         self._pool = pool
         self._slots = slots
         self._writer = writer
@@ -117,6 +123,7 @@ class Agent:
             return
         if isinstance(message, ms.End) and message.epoch == 0:  # refused before it began
             self.ended = message
+            self._send(rank, ms.Over(message.epoch))
             return
         if self._begun is None or message.epoch != self._begun.epoch or rank != self._controller:
             log.info("a %s of epoch %d from rank %d was refused", type(message).__name__, message.epoch, rank)
@@ -129,16 +136,28 @@ class Agent:
             case ms.Write():
                 self._write(message)
             case ms.End():
+                self._leave()
                 self.ended = message
+                self._reply(ms.Over(message.epoch))
+
+    def _leave(self) -> None:
+        """Stop what still runs for the workflow that was begun, and free what was read for it."""
+        for job in list(self._jobs.values()):
+            self._over(job)
+            if job.handle is not None:
+                self._pool.cancel(job.handle)
+        with contextlib.suppress(ClosedError, EvictedError):
+            for oid in self._loaded.values():
+                self._store.delete(oid)
+        self._loaded.clear()
 
     def _begin(self, rank: int, message: ms.Begin) -> None:
         if self._begun is not None and self._begun.workflow_dir == message.workflow_dir and message.epoch <= self._begun.epoch:
             return
         storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
         self._spec = WorkflowSpec.from_bytes(storage.spec(message.workflow_id), message.workflow_dir)
+        self._leave()
         self._begun, self._controller, self.ended = message, rank, None
-        self._jobs.clear()
-        self._loaded.clear()
         self._send(rank, ms.Ready(message.epoch, self._slots))
 
     def _reply(self, message: ms.Message) -> None:
@@ -152,7 +171,7 @@ class Agent:
 
     def _run(self, run: ms.Run) -> None:
         assert self._spec is not None
-        job = _Job(run, self._spec.tasks[run.task])
+        job = _Job(run, self._spec.tasks[run.task], self._id(run.task, run.attempt))
         self._jobs[run.task, run.attempt] = job
         fault.point("agent.dispatched")
         for position, place in enumerate(run.inputs):
@@ -165,7 +184,7 @@ class Agent:
                 self._fetch(job, position, self._loaded[place.task])
             else:
                 job.coming[position] = ObjectID.random()  # any: it isn't looked for while it is read
-                self._helpers.submit(self._read, job, position, place)
+                self._helpers.submit(self._read, job, position, place, self.workflow_dir)
         self._start_if_complete(job)
 
     def _fetch(self, job: _Job, position: int, oid: ObjectID) -> None:
@@ -195,16 +214,23 @@ class Agent:
             job.inputs[position] = ArenaInput(oid, ready.version)
             self._start_if_complete(job)
 
-    def _read(self, job: _Job, position: int, place: ms.InputPlace) -> None:
+    def _read(self, job: _Job, position: int, place: ms.InputPlace, workflow_dir: str) -> None:
         """Read an input from its checkpoint; in a helper thread."""
-        assert self._begun is not None
         try:
-            meta, data = checkpoint.read(self._begun.workflow_dir, place.file, place.entry, place.checksum)
-        except ExoFlowError as error:
-            failure = Failure("lost-input", str(error))
+            meta, data = checkpoint.read(workflow_dir, place.file, place.entry, place.checksum)
+        except CorruptCheckpointError as error:
+            text = str(error)
+            self._loop.post(lambda: self._found_corrupt(job, place, text))
+        except Exception as error:  # whatever it is: the attempt must not wait for ever
+            failure = Failure("lost-input", str(error) or repr(error))
             self._loop.post(lambda: self._failed(job, failure))
-            return
-        self._loop.post(lambda: self._was_read(job, position, place, meta, data))
+        else:
+            self._loop.post(lambda: self._was_read(job, position, place, meta, data))
+
+    def _found_corrupt(self, job: _Job, place: ms.InputPlace, text: str) -> None:
+        """Tell the controller, which begins again without that output; the attempt waits until then."""
+        if not job.over:
+            self._reply(ms.Corrupt(job.run.epoch, place.task, place.attempt, text))
 
     def _was_read(self, job: _Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
         if job.over:
@@ -240,7 +266,7 @@ class Agent:
             args=task.args,
             blobs={key: spec.blobs[key] for key in task.needed_blobs},
             inputs=job.inputs,
-            output=self._id(run.task, run.attempt),
+            output=job.output,
             inline_limit=self._store.inline_limit,
             sys_path=spec.sys_path,
         )
@@ -253,16 +279,22 @@ class Agent:
         )
 
     def _ran(self, job: _Job, result: TaskResult) -> None:
-        run = job.run
+        oid = job.output
+        if job.over or not isinstance(result, TaskDone):
+            # a worker that died, or was killed, may have sealed an output that nobody will ask for
+            self._arena.delete(oid)
+        if job.over:
+            return
         if isinstance(result, TaskDone):
             fault.point("agent.task_done")
-            oid = self._id(run.task, run.attempt)
             try:
                 if result.inline is None:
+                    self._arena.adopt(oid)  # the memory is this rank's from now on, and not the worker's
                     self._store.adopt(oid)
                 elif result.nbytes > INLINE_LIMIT:
                     self._store.put_bytes(oid, result.meta, result.inline)
             except HopliteError as error:
+                self._arena.delete(oid)
                 self._failed(job, Failure("crash", f"its output could not be stored: {error}"))
                 return
             data = result.inline if result.nbytes <= INLINE_LIMIT else None
@@ -346,9 +378,8 @@ class Agent:
         return ready.meta
 
     def _reduce_by_tree(self, job: _Job, meta: Meta, sources: list[ObjectID]) -> None:
-        oid = self._id(job.run.task, job.run.attempt)
-        self._store.reduce(sources, job.task.op, object_id=oid)
-        future = self._store.get_async(oid)
+        self._store.reduce(sources, job.task.op, object_id=job.output)
+        future = self._store.get_async(job.output)
         future.add_done_callback(lambda _: self._loop.post(lambda: self._reduced(job, meta, future)))
 
     def _reduced(self, job: _Job, meta: Meta, future: Any) -> None:
@@ -372,8 +403,8 @@ class Agent:
                     total = np.array(value)
                 else:
                     reduce_into(job.task.op, total, total, value)
-        except HopliteError as error:
-            failure = Failure("exception", str(error))
+        except Exception as error:  # whatever it is: the attempt must not wait for ever
+            failure = Failure("exception", str(error) or repr(error))
         self._loop.post(lambda: self._reduced_in_order(job, meta, total, failure))
 
     def _reduced_in_order(self, job: _Job, meta: Meta, total: Any, failure: Failure | None) -> None:
@@ -383,7 +414,7 @@ class Agent:
             data = total.tobytes()
             try:
                 if meta.nbytes > INLINE_LIMIT:
-                    self._store.put_bytes(self._id(job.run.task, job.run.attempt), meta, data)
+                    self._store.put_bytes(job.output, meta, data)
             except HopliteError as error:
                 failure = Failure("crash", f"its output could not be stored: {error}")
         if failure is not None:

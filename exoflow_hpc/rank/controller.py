@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from exoflow_hpc import records, serialize
 from exoflow_hpc import scheduler_events as ev
 from exoflow_hpc.errors import ExoFlowError, FencedError
-from exoflow_hpc.history import committed_tasks
+from exoflow_hpc.history import committed_tasks, voided_tasks
 from exoflow_hpc.journal import Journal
 from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.rank import messages as ms
@@ -23,8 +24,11 @@ from exoflow_hpc.rank.agent import output_id
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.tally import Tally
+from exoflow_hpc.recovery import descendants
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.spec import WorkflowSpec
+from hoplite_mpi import ClosedError, EvictedError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol.view import Member, View
@@ -62,6 +66,7 @@ class Controller:
         loop: Loop,
         send: Callable[[int, ms.Message], None],
         progress: ProgressLine,
+        tally: Tally,
     ) -> None:
         self._workflow_id = workflow_id
         self._workflow_dir = workflow_dir
@@ -71,19 +76,25 @@ class Controller:
         self._loop = loop
         self._send = send
         self._progress = progress
+        self._tally = tally
         self._epoch = journal.epoch
+        past = list(history)
         #: task → what the journal says of its output
-        self._committed = committed_tasks(spec, history)
+        self._committed = committed_tasks(spec, past)
+        #: task → checksum of an output that was committed and is void now: made again, it has to be the same
+        self._voided = voided_tasks(spec, past)
         self._scheduler = Scheduler(spec, committed=self._committed, attempts={t: r.attempt for t, r in self._committed.items()})
         self._outputs: dict[int, _Output] = {}
         #: task → (attempt, rank) of a write that was asked for and not answered
         self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
         self._agents: dict[int, int] = {}
-        self._ranks_started = 0
-        self._ranks_lost = 0
-        self._ranks_rejoined = 0
-        self._began = time.monotonic()
+        #: committed tasks whose record is being taken back
+        self._voiding: set[int] = set()
+        #: (task, attempt) → rank, of what was dispatched and not answered
+        self._running: dict[tuple[int, int], int] = {}
+        #: committed outputs became void: the next epoch has to begin with what is left
+        self.must_begin_again = False
         self.outcome: Outcome | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -91,7 +102,7 @@ class Controller:
     def start(self, view: View) -> None:
         """Begin with the ranks of *view*."""
         self._append(records.WorkflowStarted(socket.gethostname(), os.getpid(), time.time()), lambda: None)
-        self._ranks_started = len(view)
+        self._tally.begin(view)
         self._invite(view)
         self._do(self._scheduler.handle(ev.Start()))
         self._show()
@@ -102,12 +113,16 @@ class Controller:
             return
         gone = [rank for rank, incarnation in self._agents.items() if not view.has(rank, incarnation)]
         if gone:
-            self._ranks_lost += len(gone)
+            self._tally.lost += len(gone)
             names = ", ".join(map(str, gone))
             self._progress.say(f"lost rank {names}: what it ran goes on elsewhere ({len(view)} ranks left)")
             self._find_lost_outputs()
         for rank in gone:
             incarnation = self._agents.pop(rank)
+            for (task, attempt), where in list(self._running.items()):
+                if where == rank:  # its worker may have left a whole output in the node's memory
+                    del self._running[task, attempt]
+                    self._store.delete(self._id(task, attempt))
             self._handle(ev.RankLost(rank, incarnation))
             for task, (attempt, writer) in list(self._writing.items()):
                 if writer == rank:
@@ -118,11 +133,18 @@ class Controller:
     def _invite(self, view: View) -> None:
         for member in view.members.values():
             if self._agents.get(member.rank) != member.incarnation:
-                if member.incarnation > 0:
-                    self._ranks_rejoined += 1
+                if self._tally.joins(member.rank, member.incarnation):
                     self._progress.say(f"rank {member.rank} is back (incarnation {member.incarnation})")
                 self._agents[member.rank] = member.incarnation
-                self._send(member.rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir)))
+                self._begin(member.rank)
+
+    def greet(self, rank: int, incarnation: int) -> None:
+        """Tell a rank again, that may not have been listening."""
+        if self._agents.get(rank) == incarnation and self.outcome is None:
+            self._begin(rank)
+
+    def _begin(self, rank: int) -> None:
+        self._send(rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir)))
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
@@ -159,12 +181,15 @@ class Controller:
                 self._written(message)
             case ms.WriteFailed():
                 self._write_failed(message)
+            case ms.Corrupt():
+                self._corrupt(message)
             case ms.Progress():
                 self._progress.task(self._spec.tasks[message.task].name, message.fraction, message.text)
         self._show()
 
     def _finished(self, rank: int, message: ms.Finished) -> None:
         task = message.task
+        self._running.pop((task, message.attempt), None)
         known = self._outputs.get(task)
         output = _Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
         if known is None or known.attempt < message.attempt:
@@ -173,6 +198,7 @@ class Controller:
 
     def _failed(self, message: ms.Failed) -> None:
         failure = Failure.from_wire(message.error)
+        self._running.pop((message.task, message.attempt), None)
         name = self._spec.tasks[message.task].name
         if failure.kind != "canceled":
             self._progress.say(f"task {name} (attempt {message.attempt}): {failure.text}")
@@ -196,6 +222,37 @@ class Controller:
             self._progress.say(f"task {self._spec.tasks[message.task].name} could not be saved: {message.text}")
             self._handle(ev.CommitFailed(message.task, message.attempt, Failure("commit", message.text)))
 
+    # -- outputs that are void ---------------------------------------------------------------------------------------------------
+
+    def _corrupt(self, message: ms.Corrupt) -> None:
+        if self._committed[message.task].attempt != message.attempt or message.task in self._voiding:
+            return
+        self._progress.say(f"{message.text}; task {self._spec.tasks[message.task].name} runs again")
+        self._void([message.task], message.text, self._begin_again)
+
+    def _void(self, tasks: Iterable[int], text: str, durable: Callable[[], None] = lambda: None) -> None:
+        """Journal that committed outputs count as absent; *durable* is called for each."""
+        for task in tasks:
+            self._voiding.add(task)
+            record = records.TaskVoided(self._spec.tasks[task].name, self._committed[task].attempt, text)
+            self._append(record, durable)
+
+    def _void_consumers(self, task: int, checksum: str) -> bool:
+        """Void all that was computed from the lost output of *task* if the new one is another (R5, R12); return whether it is."""
+        before = self._voided.pop(task, checksum)
+        if before == checksum:
+            return False
+        name = self._spec.tasks[task].name
+        text = f"task {name} is taken to be deterministic, but gave another output than before (checksum {checksum}, not {before})"
+        stale = descendants(self._spec.tasks, task)
+        self._progress.say(f"{text}: what was computed from it runs again")
+        self._void([index for index in stale if index in self._committed], text)
+        return True
+
+    def _begin_again(self) -> None:
+        self.must_begin_again = True
+        self._end("RESUMABLE", None)
+
     # -- instructions ----------------------------------------------------------------------------------------------------------
 
     def _handle(self, event: ev.Event) -> None:
@@ -218,6 +275,7 @@ class Controller:
 
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
+        self._running[what.task, what.attempt] = what.rank
         self._send(what.rank, ms.Run(self._epoch, what.task, what.attempt, [self._place(one) for one in what.inputs]))
 
     def _place(self, one: ev.Input) -> ms.InputPlace:
@@ -259,9 +317,14 @@ class Controller:
 
     def _commit(self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]) -> None:
         record = records.TaskCommitted(self._spec.tasks[task].name, attempt, 0, place, checksum, nbytes, meta)
+        # before the record itself: no journal may end with the new output and what came of the old one
+        differs = self._void_consumers(task, checksum)
 
         def durable() -> None:
             fault.point("controller.committed")
+            if differs:
+                self._begin_again()
+                return
             self._committed.setdefault(task, record)
             self._progress.add_bytes(nbytes)
             self._handle(ev.TaskCommitted(task, attempt))
@@ -315,18 +378,18 @@ class Controller:
     def _end(self, status: str, error: ExoFlowError | None) -> None:
         if self.outcome is not None:
             return
-        self.outcome = Outcome(
-            status,
-            error,
-            self._scheduler.counters,
-            self._ranks_started + self._ranks_rejoined,
-            self._ranks_lost,
-            self._ranks_rejoined,
-            time.monotonic() - self._began,
-        )
+        self._tally.add(self._scheduler)
+        self.outcome = self._tally.outcome(status, error, len(self._spec.tasks))
         self._show()
-        for rank in self._agents:
-            self._send(rank, ms.End(self._epoch, status, ms.pack_error(error)))
+        with contextlib.suppress(ClosedError, EvictedError):
+            for task, output in self._outputs.items():
+                if output.data is None:
+                    self._store.delete(self._id(task, output.attempt))
+
+    def end_message(self) -> ms.End:
+        """Return what to tell the agents once there is an outcome."""
+        assert self.outcome is not None
+        return ms.End(self._epoch, self.outcome.status, ms.pack_error(self.outcome.error))
 
     def _id(self, task: int, attempt: int) -> ObjectID:
         return output_id(self._workflow_id, self._epoch, self._spec.tasks[task].name, attempt)

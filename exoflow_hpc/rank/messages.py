@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 
@@ -14,11 +14,14 @@ from exoflow_hpc.errors import ExoFlowError
 __all__ = [
     "Begin",
     "Cancel",
+    "Corrupt",
     "End",
     "Failed",
     "Finished",
+    "Hello",
     "InputPlace",
     "Message",
+    "Over",
     "Progress",
     "Ready",
     "Run",
@@ -87,7 +90,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The run of the workflow is over."""
+    """The run of the workflow is over; answered by `Over`. Epoch 0: it was refused before it began."""
 
     epoch: int
     #: a final status, or RESUMABLE
@@ -175,9 +178,35 @@ class Progress:
     text: str
 
 
-Message = Begin | Run | Cancel | Write | End | Ready | Finished | Failed | Written | WriteFailed | Progress
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """The committed output of *attempt* is not what was written (R11): *text* names the file."""
 
-_KINDS: tuple[type[Any], ...] = (Begin, Run, Cancel, Write, End, Ready, Finished, Failed, Written, WriteFailed, Progress)
+    epoch: int
+    task: int
+    attempt: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The rank listens from now on: what was sent to it before may not have been heard. Epoch 0."""
+
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """`End` has come: the controller's rank may leave."""
+
+    epoch: int
+
+
+_ToAgent = Begin | Run | Cancel | Write | End
+_ToController = Ready | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
+Message = _ToAgent | _ToController
+
+_KINDS: tuple[type[Any], ...] = (*get_args(_ToAgent), *get_args(_ToController))
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 _FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_KINDS, InputPlace)}
 

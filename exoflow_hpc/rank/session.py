@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exoflow_hpc import heartbeat, history
+from exoflow_hpc import heartbeat, history, records
 from exoflow_hpc.checkpoint import WriterClient
-from exoflow_hpc.errors import ExoFlowError, FencedError
-from exoflow_hpc.journal import Journal
+from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError, FencedError, StorageError
+from exoflow_hpc.journal import History, Journal
 from exoflow_hpc.outcome import Ended
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.active import refuse_if_active
@@ -21,6 +21,7 @@ from exoflow_hpc.rank.agent import Agent
 from exoflow_hpc.rank.controller import Controller
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
@@ -38,7 +39,11 @@ HEAD = 0
 #: seconds between looks for a request to cancel
 _CANCEL_PERIOD = 0.5
 #: rank that a message came from is one of these for the controller, else for the agent
-_FOR_CONTROLLER = (ms.Ready, ms.Finished, ms.Failed, ms.Written, ms.WriteFailed, ms.Progress)
+_FOR_CONTROLLER = (ms.Ready, ms.Finished, ms.Failed, ms.Written, ms.WriteFailed, ms.Progress, ms.Corrupt)
+#: seconds that the other ranks may take to hear that a run is over
+_GOODBYE = 5.0
+#: seconds in which what the head said last comes, though it has left already: by another way than the new view
+_LAST_WORDS = 0.2
 
 
 class Session:
@@ -56,22 +61,29 @@ class Session:
         except BaseException:
             spawner.close(1.0)
             raise
-        runtime = self.store._runtime
+        runtime = self.store.runtime
         place = runtime.place
         self.rank, self.incarnation = place.rank, place.incarnation
+        # at once: what comes before somebody listens is lost
+        self._loop = Loop()
+        self._post = self.store.channel(_CHANNEL, self._receive)
         self.slots = worker_count(self.settings, runtime.view, place.node)
         self.writer = WriterClient(place.rank, place.incarnation)
         self.writer.start()
         arena = {"run": place.arena, "rank": place.rank, "incarnation": place.incarnation}
         self.pool = WorkerPool(self.slots, spawner=spawner, arena=arena, on_exit=runtime.arena.reap)
         self.pool.start()
-        self._loop = Loop()
-        self._agent = Agent(self.store, self.pool, self.slots, self.writer, self._loop)
+        self._agent = Agent(self.store, runtime.arena, self.pool, self.slots, self.writer, self._loop)
         self._agent.connect(self._send)
         self._controller: Controller | None = None
         self._head_lost = False
-        self._post = self.store.channel(_CHANNEL, self._receive)
+        #: ranks that were told that the run is over and have not answered, and what they were told
+        self._leaving: set[int] = set()
+        self._goodbye = ms.End(0, "")
+        self._closed = False
         self._view: View = self.store.on_view(lambda view, lost: self._loop.post(lambda: self._new_view(view, lost)))
+        if self.rank != HEAD:
+            self._send(HEAD, ms.Hello())
 
     # -- messages ------------------------------------------------------------------------------------------------------------
 
@@ -82,13 +94,21 @@ class Session:
         self._loop.post(lambda: self._handle(peer, ms.decode(payload)))
 
     def _handle(self, peer: tuple[int, int], message: ms.Message) -> None:
-        if not isinstance(message, _FOR_CONTROLLER):
+        if isinstance(message, ms.Over):
+            self._leaving.discard(peer[0])
+        elif isinstance(message, ms.Hello):
+            if self._controller is not None:
+                self._controller.greet(*peer)
+            if peer[0] in self._leaving:
+                self._send(peer[0], self._goodbye)
+        elif not isinstance(message, _FOR_CONTROLLER):
             self._agent.handle(peer[0], message)
         elif self._controller is not None:
             self._controller.handle(*peer, message)
 
     def _new_view(self, view: View, lost: tuple[Member, ...]) -> None:
         self._view = view
+        self._leaving.intersection_update(view.ranks)
         if not view.has(HEAD, 0):
             self._head_lost = True
         if self._controller is not None:
@@ -97,15 +117,29 @@ class Session:
     # -- running -------------------------------------------------------------------------------------------------------------
 
     def run(self, storage: Storage | None, workflow_id: str | None, *, quiet: bool = False, terminal: bool | None = None) -> Ended:
-        """Take part in the run of a workflow until it ends; the head's arguments count, the others may give None."""
-        if self.rank == HEAD:
-            assert storage is not None and workflow_id is not None
-            return self._lead(storage, workflow_id, quiet, sys.stderr.isatty() if terminal is None else terminal)
-        return self._follow()
+        """Take part in the run of a workflow until it ends; the head's arguments count, the others may give None.
+
+        After an error that nobody foresaw this rank leaves the others, so that they don't wait for it.
+        """
+        if self.store.closed:
+            raise ExoFlowError(f"rank {self.rank} has left the other ranks, so it can run nothing with them")
+        try:
+            if self.rank == HEAD:
+                assert storage is not None and workflow_id is not None
+                return self._lead(storage, workflow_id, quiet, sys.stderr.isatty() if terminal is None else terminal)
+            return self._follow()
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                if self.rank == HEAD:
+                    self.refuse(error, history.Status.RESUMABLE)
+                self.store.close()
+            raise
 
     def _follow(self) -> Ended:
         self._agent.ended = None
         self._loop.run_until(lambda: self._agent.ended is not None or self._head_lost or self.store.closed)
+        if self._agent.ended is None:
+            self._loop.run_until(lambda: self._agent.ended is not None, _LAST_WORDS)
         end = self._agent.ended
         if end is None:
             why = "the rank that controls the run is gone" if self._head_lost else "the others went on without this rank"
@@ -114,34 +148,51 @@ class Session:
 
     def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool) -> Ended:
         progress = ProgressLine(workflow_id, terminal=terminal, quiet=quiet)
+        tally = Tally()
         try:
-            with self._controlling(storage, workflow_id, progress) as controller:
-                self._controller = controller
-                controller.start(self._view)
-                self._watch_for_cancel(storage.directory(workflow_id))
-                self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
-                outcome = controller.outcome
+            while True:
+                with self._controlling(storage, workflow_id, progress, tally) as controller:
+                    self._controller = controller
+                    controller.start(self._view)
+                    self._watch_for_cancel(controller, storage.directory(workflow_id))
+                    self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)  # noqa: B023
+                if not controller.must_begin_again:
+                    break
         except ExoFlowError as error:
-            status = history.Status.RESUMABLE if isinstance(error, FencedError) else "REFUSED"
+            interrupted = isinstance(error, (FencedError, StorageError))
+            status = history.Status.RESUMABLE if interrupted else "REFUSED"
             self.refuse(error, status)
             return Ended(workflow_id, status, error)
         finally:
             self._controller = None
+        outcome = controller.outcome
         if outcome is None:
             error = ExoFlowError("the others went on without the rank that controls the run: resume the workflow")
             return Ended(workflow_id, history.Status.RESUMABLE, error)
+        self._dismiss(controller.end_message(), self._view.ranks)
         progress.finish(outcome.status)
         return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
 
     def refuse(self, error: BaseException, status: str = "REFUSED") -> None:
         """Tell the other ranks that the run they wait for will not begin."""
-        known = error if isinstance(error, ExoFlowError) else ExoFlowError(f"rank {HEAD} failed: {error}")
-        for rank in self._view.ranks:
-            if rank != HEAD:
-                self._send(rank, ms.End(0, status, ms.pack_error(known)))
+        known = error if isinstance(error, ExoFlowError) else ExoFlowError(f"rank {HEAD} failed: {str(error) or repr(error)}")
+        self._dismiss(ms.End(0, status, ms.pack_error(known)), [rank for rank in self._view.ranks if rank != HEAD])
+
+    def _dismiss(self, message: ms.End, ranks: Iterable[int]) -> None:
+        """Say that the run is over, and wait for the answers: to leave before them would look like a failure."""
+        self._leaving, self._goodbye = set(ranks), message
+        for rank in ranks:
+            self._send(rank, message)
+        self._loop.run_until(lambda: not self._leaving or self.store.closed, _GOODBYE)
+
+    def members(self) -> list[tuple[int, int]]:
+        """Return (rank, incarnation) of those that are in the view now."""
+        return [(member.rank, member.incarnation) for member in self._view.members.values()]
 
     @contextlib.contextmanager
-    def _controlling(self, storage: Storage, workflow_id: str, progress: ProgressLine) -> Iterator[Controller]:
+    def _controlling(
+        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally
+    ) -> Iterator[Controller]:
         """Be the controller of a workflow: its journal is ours, and its heartbeat moves."""
         directory = storage.directory(workflow_id)
         spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
@@ -150,6 +201,7 @@ class Session:
         try:
             for tail in past.torn:
                 progress.say(f"{tail.file}: {tail.nbytes} bytes at its end were never acknowledged and are dropped")
+            _check_output(directory, spec, journal, past, progress)
             (directory / "cancel").unlink(missing_ok=True)
             with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
                 yield Controller(
@@ -162,26 +214,43 @@ class Session:
                     self._loop,
                     self._send,
                     progress,
+                    tally,
                 )
         finally:
             journal.close()
 
-    def _watch_for_cancel(self, directory: Path) -> None:
-        controller = self._controller
-        if controller is None or controller.outcome is not None:
+    def _watch_for_cancel(self, controller: Controller, directory: Path) -> None:
+        if controller.outcome is not None:
             return
         if (directory / "cancel").exists():
             controller.cancel()
         else:
-            self._loop.after(_CANCEL_PERIOD, lambda: self._watch_for_cancel(directory))
+            self._loop.after(_CANCEL_PERIOD, lambda: self._watch_for_cancel(controller, directory))
 
     def close(self) -> None:
-        """Free everything; never hangs on dead peers."""
+        """Free everything; never hangs on dead peers. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         self.pool.close()
         self.writer.close()
         self._agent.close()
         if self._own_store:
             self.store.close()
+
+
+def _check_output(directory: Path, spec: WorkflowSpec, journal: Journal, past: History, progress: ProgressLine) -> None:
+    """Void the workflow's own output if it is committed and damaged: no task reads it, so no task would find out."""
+    known = history.committed_tasks(spec, past.records).get(spec.output)
+    if known is None:
+        return
+    try:
+        history.check_output(directory, known)
+    except CorruptCheckpointError as error:
+        progress.say(str(error))
+        record = records.encode(records.TaskVoided(known.task_id, known.attempt, str(error)))
+        journal.append(record).result()
+        past.records.append(record)
 
 
 def worker_count(settings: Settings, view: View, node: str) -> int:

@@ -93,6 +93,8 @@ class _Server:
     def _become_worker(self, keep: int) -> None:
         # a group of its own: it can be killed with all that its tasks start
         os.setpgid(0, 0)
+        with contextlib.suppress(OSError):  # there is no stderr
+            os.dup2(2, 1)  # what tasks print must not get into the result, which is alone on stdout
         self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != self._pid:  # it died before the line above
             os._exit(1)

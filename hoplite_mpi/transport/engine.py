@@ -8,6 +8,7 @@ of thread (some 50 µs each) that a hand-over to the progress thread costs. An e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import heapq
 import itertools
@@ -26,7 +27,7 @@ from mpi4py import MPI
 
 from hoplite_mpi.config import Config
 
-__all__ = ["Engine", "RequestFailedError", "Signal", "Timer", "completed"]
+__all__ = ["Engine", "Ordered", "RequestFailedError", "Signal", "Timer", "Waiter", "completed"]
 
 log = logging.getLogger("hoplite_mpi.engine")
 
@@ -72,6 +73,52 @@ class Signal:
 
     def __await__(self) -> Generator[Any, Any, None]:
         yield self._waiting.append
+
+
+class Waiter:
+    """What a thread blocks on in `Engine.wait`; whatever makes its condition true calls `wake`. For one thread at a time."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def wake(self) -> None:
+        """End the block, or the next one."""
+        if self._lock.locked():
+            try:
+                self._lock.release()
+            except RuntimeError:  # somebody else was quicker
+                return
+
+    def block(self, seconds: float | None) -> None:
+        """Wait for `wake`, at most so long."""
+        self._lock.acquire(timeout=-1 if seconds is None else seconds)
+
+
+class Ordered:
+    """Callbacks that run outside of the engine's lock, one at a time and in order, whichever threads come by. They may not block."""
+
+    __slots__ = ("_engine", "_queue", "_running")
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue: deque[Callable[[], None]] = deque()
+        self._running = threading.Lock()
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have *callback* run after those posted before."""
+        self._queue.append(callback)
+        self._engine.outside(self._run)
+
+    def _run(self) -> None:
+        while self._queue and self._running.acquire(blocking=False):  # who holds it takes ours, too
+            try:
+                while self._queue:
+                    self._queue.popleft()()
+            finally:
+                self._running.release()
 
 
 class Timer:
@@ -149,6 +196,8 @@ class Engine:
         #: the error that broke the engine; every later wait raises it
         self.failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._guard = _InterruptGuard()
+        self._main_thread = threading.main_thread().ident
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -157,12 +206,19 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="hoplite-progress", daemon=True)
         self._thread.start()
 
+    @property
+    def thread_ident(self) -> int:
+        """Identifier of the progress thread."""
+        assert self._thread is not None and self._thread.ident is not None, "the engine was not started"
+        return self._thread.ident
+
     def stop(self) -> None:
         """Stop the progress thread; requests that are still pending stay with MPI."""
         self._closing = True
         self.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(self.config.close_timeout)
+        self._guard.remove()
 
     # -- for the coroutines and the drivers, under the lock ------------------------------------------------------------------
 
@@ -241,6 +297,10 @@ class Engine:
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake_fd, 1)
 
+    def waiter(self) -> Waiter:
+        """Return something for a thread to block on."""
+        return Waiter()
+
     def wait(self, done: Callable[[], bool], block: Callable[[float | None], Any], timeout: float | None) -> bool:
         """Wait until *done()*; return whether it is.
 
@@ -264,41 +324,44 @@ class Engine:
 
     def _steer(self, done: Callable[[], bool], deadline: float | None) -> None:
         """Drive the engine from a waiting user thread while there is traffic."""
-        with _deferred_interrupt() as interrupted:
-            self._steered += 1
-            try:
-                started = time.monotonic()
-                if self._last_traffic < started:
-                    self._last_traffic = started
-                while not done() and not interrupted() and self.failure is None:
-                    if not self.lock.acquire(blocking=False):
-                        time.sleep(_NAP)
-                        continue
+        guard = self._guard
+        in_main = threading.get_ident() == self._main_thread
+        self._steered += 1
+        guard.driving = guard.driving or in_main
+        try:
+            self._last_traffic = max(self._last_traffic, time.monotonic())
+            spin_time = self.config.spin_time
+            while self.failure is None and not (in_main and guard.pending):
+                if self.lock.acquire(blocking=False):
                     try:
-                        self._step()
+                        now = self._step()
                     except BaseException as error:
                         self._fail(error)
                         raise
                     finally:
                         self.lock.release()
-                        self._run_outside()
-                    if done():
-                        return
+                        if self._after:
+                            self._run_outside()
+                else:
+                    time.sleep(_NAP)
                     now = time.monotonic()
-                    if deadline is not None and now > deadline:
-                        return
-                    quiet = now - self._last_traffic
-                    if quiet > self.config.spin_time:
-                        return
-                    if quiet > _SPIN:
-                        time.sleep(_NAP)
-                    else:
-                        os.sched_yield()
-            finally:
-                self._steered -= 1
+                if done() or (deadline is not None and now > deadline):
+                    return
+                quiet = now - self._last_traffic
+                if quiet > spin_time:
+                    return
+                if quiet > _SPIN:
+                    time.sleep(_NAP)
+                elif quiet > 0:
+                    os.sched_yield()
+        finally:
+            self._steered -= 1
+            if in_main:
+                guard.leave()
 
     def _run(self) -> None:
         """Body of the progress thread."""
+        _shorten_naps()
         try:
             while not self._closing:
                 if self._steered:
@@ -314,10 +377,8 @@ class Engine:
                 self._run_outside()
                 if self._blocked:
                     self._block(sleep)
-                elif sleep:
-                    time.sleep(min(sleep, _LONG_NAP))
-                else:
-                    os.sched_yield()
+                else:  # never without a nap: a user thread that was just woken needs the GIL
+                    time.sleep(max(_NAP, min(sleep, _LONG_NAP)))
         except BaseException as error:  # whatever it is: nobody may wait for ever for an engine that is gone
             log.exception("the progress thread failed")
             self._fail(error)
@@ -354,8 +415,8 @@ class Engine:
             self._run_ready()
         self._run_outside()
 
-    def _step(self) -> None:
-        """Look at everything once."""
+    def _step(self) -> float:
+        """Look at everything once; return the time."""
         traffic = self._test()
         now = time.monotonic()
         if now >= self._next_sockets:
@@ -370,6 +431,7 @@ class Engine:
             self._run_ready()
         if traffic:
             self._last_traffic = now
+        return now
 
     def _test(self) -> bool:
         requests = self._requests
@@ -462,21 +524,41 @@ class Engine:
             self.failure = error
 
 
-@contextlib.contextmanager
-def _deferred_interrupt() -> Generator[Callable[[], bool], None, None]:
-    """Keep Ctrl-C out of the engine: a KeyboardInterrupt in the middle of a step would tear its state."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:
-        yield lambda: False
-        return
-    seen: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if seen:
+def _shorten_naps() -> None:
+    """Let this thread's naps end when they are over, and not up to 50 µs later (the kernel's default timer slack)."""
+    pr_set_timerslack = 29
+    ctypes.CDLL(None).prctl(pr_set_timerslack, 1000, 0, 0, 0)
+
+
+class _InterruptGuard:
+    """Keeps Ctrl-C out of the engine while the main thread drives it: a KeyboardInterrupt in the middle of a step would tear its state."""
+
+    def __init__(self) -> None:
+        #: the main thread drives the engine now
+        self.driving = False
+        self.pending = False
+        self._previous: Any = None
+        main = threading.current_thread() is threading.main_thread()
+        self._installed = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.driving:
+            self.pending = True
+        else:
+            signal.default_int_handler(number, frame)
+
+    def leave(self) -> None:
+        """End driving; raises the KeyboardInterrupt that came meanwhile."""
+        self.driving = False
+        if self.pending:
+            self.pending = False
             raise KeyboardInterrupt
+
+    def remove(self) -> None:
+        """Give the signal back, if it still is ours to give."""
+        if self._installed and threading.current_thread() is threading.main_thread():
+            self._installed = False
+            if signal.getsignal(signal.SIGINT) == self._handle:
+                signal.signal(signal.SIGINT, signal.default_int_handler)

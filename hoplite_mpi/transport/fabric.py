@@ -122,10 +122,9 @@ class Fabric:
         if link.down:
             return
         room = CONTROL_SLOT - _HEAD.size
-        fragments = [payload[i : i + room] for i in range(0, len(payload), room)] or [b""]
-        for index, fragment in enumerate(fragments):
-            more = _MORE if index + 1 < len(fragments) else 0
-            message = _HEAD.pack(channel, more, len(fragment)) + fragment
+        for start in range(0, len(payload) or 1, room):
+            fragment = payload[start : start + room]
+            message = _HEAD.pack(channel, _MORE if start + room < len(payload) else 0, len(fragment)) + fragment
             if link.comm is None:
                 link.backlog.append(message)
             else:

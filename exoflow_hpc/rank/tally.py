@@ -1,0 +1,50 @@
+"""Counts of one run, over all epochs that it takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.outcome import Outcome
+from exoflow_hpc.scheduler import Scheduler
+from exoflow_hpc.scheduler_events import Counters
+from hoplite_mpi.protocol.view import View
+
+__all__ = ["Tally"]
+
+
+@dataclass
+class Tally:
+    """What the controllers of one run count together."""
+
+    #: tasks that were dispatched at least once
+    ran: set[int] = field(default_factory=set)
+    dispatches: int = 0
+    #: (rank, incarnation) of the processes that were ranks of the run
+    known: set[tuple[int, int]] = field(default_factory=set)
+    lost: int = 0
+    rejoined: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def begin(self, view: View) -> None:
+        """Take the ranks that are there at the start."""
+        self.known.update((member.rank, member.incarnation) for member in view.members.values())
+
+    def joins(self, rank: int, incarnation: int) -> bool:
+        """Take a rank that has come; return whether it takes the place of one that was lost."""
+        new = (rank, incarnation) not in self.known
+        self.known.add((rank, incarnation))
+        back = new and incarnation > 0
+        self.rejoined += back
+        return back
+
+    def add(self, scheduler: Scheduler) -> None:
+        """Take what one epoch has run, at its end."""
+        self.ran |= scheduler.ran
+        self.dispatches += scheduler.counters.run + scheduler.counters.rerun
+
+    def outcome(self, status: str, error: ExoFlowError | None, tasks: int) -> Outcome:
+        """Return how the run ended; *tasks*: how many the workflow has."""
+        counters = Counters(len(self.ran), tasks - len(self.ran), self.dispatches - len(self.ran))
+        return Outcome(status, error, counters, len(self.known), self.lost, self.rejoined, time.monotonic() - self.began)
