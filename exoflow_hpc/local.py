@@ -14,7 +14,7 @@ from exoflow_hpc.history import Status
 from hoplite_mpi import cleanup
 from hoplite_mpi.launch import LocalRanks
 
-__all__ = ["OUTCOME", "default_ranks", "run_local", "under_launcher"]
+__all__ = ["OUTCOME", "default_ranks", "is_other_rank", "run_local", "under_launcher"]
 
 #: file in the rendezvous directory by which the head tells the launcher how the run ended
 OUTCOME = "outcome.json"
@@ -23,12 +23,18 @@ MAX_RESPAWNS, MAX_RESTARTS = 3, 3
 #: seconds that the other ranks may take to leave once the head has ended; everything is durable, so then they are killed
 _LEAVE_TIMEOUT = 10.0
 _POLL = 0.02
+#: what launchers put into the environment of a rank
+_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def under_launcher() -> bool:
     """Return whether this process was started as a rank, by mpiexec, srun or our own launcher."""
-    names = ("HOPLITE_RENDEZVOUS", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
-    return any(name in os.environ for name in names)
+    return "HOPLITE_RENDEZVOUS" in os.environ or any(name in os.environ for name in _RANK_VARIABLES)
+
+
+def is_other_rank() -> bool:
+    """Return whether this process was started as a rank that is not the first."""
+    return any(os.environ.get(name, "0") != "0" for name in ("HOPLITE_RANK", *_RANK_VARIABLES))
 
 
 def default_ranks() -> int:

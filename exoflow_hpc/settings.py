@@ -15,9 +15,7 @@ __all__ = ["Settings", "storage_directory"]
 class Settings:
     """Limits of the workflow layer. ``EXOFLOW_<FIELD>`` in the environment wins over what a program says."""
 
-    #: worker processes of a rank; 0: its share of the node's cores
-    workers: int = 0
-    #: worker processes of each rank; 0: its share of the cores
+    #: worker processes of each rank; 0: its share of the node's cores
     workers: int = 0
     #: how often one task is started again because the rank that ran it was lost; apart from `max_retries`, since
     #: losing a rank is rarely the task's fault, but bounded, since a task that takes its node down would go on for ever

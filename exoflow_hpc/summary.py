@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from exoflow_hpc import history, journal
-from exoflow_hpc.errors import ExoFlowError, StorageError
+from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.history import Status
 from exoflow_hpc.outcome import Ended
 from exoflow_hpc.spec import WorkflowSpec
@@ -47,15 +47,17 @@ def summarize(storage: Storage, ended: Ended) -> dict[str, Any]:
     if ended.status == Status.SUCCESSFUL:
         try:
             result["output"] = jsonable(output_value(storage, ended.workflow_id))
-        except StorageError as error:  # the run has succeeded all the same
+        except ExoFlowError as error:  # the workflow has succeeded all the same
             result["error"] = str(error)
     return result
 
 
 def of_finished(storage: Storage, workflow_id: str) -> dict[str, Any]:
-    """Return the same of a workflow that is SUCCESSFUL already: nothing is run."""
+    """Return the same of a workflow that is SUCCESSFUL already: nothing is run. CorruptCheckpointError: something should be."""
     began = time.monotonic()
-    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id))
+    directory = storage.directory(workflow_id)
+    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+    history.check_output(directory, history.committed_tasks(spec, journal.read(directory).records)[spec.output])
     result = summarize(storage, Ended(workflow_id, Status.SUCCESSFUL, None))
     result["tasks"]["skipped"] = len(spec.tasks)
     result["seconds"] = round(time.monotonic() - began, 3)
@@ -80,7 +82,7 @@ def output_value(storage: Storage, workflow_id: str, task: str | None = None) ->
         raise
     except Exception as error:  # whatever the user's classes raise when they are rebuilt
         name = spec.tasks[index].name
-        raise OutputError(f"the output of task {name!r} of workflow {workflow_id!r} can't be loaded here: {error!r}") from error
+        raise ExoFlowError(f"the output of task {name!r} of workflow {workflow_id!r} can't be loaded here: {error!r}") from error
 
 
 def jsonable(value: Any) -> Any:

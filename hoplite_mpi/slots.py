@@ -119,6 +119,7 @@ class Slots:
         self._stop(name)
         source = self._objects.stream(what.source)
         if source is None:
+            self._handle(ev.ForgetObject(what.source))
             self._fail(what, "source", f"{what.source} is not on this rank")
             return
         itemsize = what.meta.dtype.itemsize if what.meta.dtype is not None else 1

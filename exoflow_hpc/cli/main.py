@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -12,8 +14,11 @@ from typing import Any, NoReturn
 from exoflow_hpc import exitcodes
 from exoflow_hpc._version import __version__
 from exoflow_hpc.cli import query, run
+from exoflow_hpc.cli.interrupt import Interrupted, interruptible
 from exoflow_hpc.errors import ExoFlowError, TaskError
-from exoflow_hpc.local import Interrupted, under_launcher
+from exoflow_hpc.local import is_other_rank, under_launcher
+from exoflow_hpc.settings import Settings
+from hoplite_mpi.config import Config
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.launch import LaunchError
 
@@ -66,18 +71,35 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line and return its exit code: 0 successful, 1 failed, 2 bad usage or input, 3 resumable."""
-    options = _parser().parse_args(arguments)
+    with contextlib.ExitStack() as stack:
+        if is_other_rank():  # the first one says it
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        options = _parser().parse_args(arguments)
+    options.workflow_id = None
     try:
-        return int(options.act(options))
+        with interruptible():
+            _check_environment()
+            return int(options.act(options))
     except Interrupted as signal:
-        workflow_id = getattr(options, "workflow_id", None) or options.id
-        text = f"stopped by {signal}; go on with: python -m exoflow_hpc resume {workflow_id}"
-        return _report(options, text, exitcodes.RESUMABLE, workflow_id)
-    except KeyboardInterrupt:
-        return _report(options, "interrupted", exitcodes.RESUMABLE, getattr(options, "workflow_id", None))
+        if is_other_rank():
+            return exitcodes.RESUMABLE
+        text = f"stopped by {signal}"
+        if options.workflow_id is not None:
+            text += f"; go on with: python -m exoflow_hpc resume {options.workflow_id}"
+        return _report(options, text, exitcodes.RESUMABLE, options.workflow_id)
     except (ExoFlowError, HopliteError, LaunchError) as error:
         failed = isinstance(error, TaskError)
-        return _report(options, str(error), exitcodes.FAILED if failed else exitcodes.BAD_USAGE, getattr(options, "workflow_id", None))
+        return _report(options, str(error), exitcodes.FAILED if failed else exitcodes.BAD_USAGE, options.workflow_id)
+
+
+def _check_environment() -> None:
+    """Raise ExoFlowError for a setting in the environment that can't be read: here once, and not in each rank."""
+    try:
+        Settings.from_environment()
+        Config.from_environment()
+    except ValueError as error:
+        raise ExoFlowError(str(error)) from None
 
 
 def _report(options: Any, text: str, code: int, workflow_id: str | None) -> int:
@@ -91,6 +113,10 @@ def _report(options: Any, text: str, code: int, workflow_id: str | None) -> int:
 
 def entry() -> NoReturn:
     """Run the command line of this process and exit."""
+    if not under_launcher():
+        # what ranks and mpiexec print goes to stderr: the result is alone on stdout
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        os.dup2(2, 1)
     try:
         code = main()
     except BrokenPipeError:  # whoever read our output has gone

@@ -53,9 +53,7 @@ def _run_as_rank(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> in
     try:
         if session.rank != 0:
             ended = session.run(None, None)
-            if ended.status == "REFUSED":  # rank 0 says why
-                return exit_code(ended.status)
-            return exit_code(ended.status)
+            return exit_code(ended.status)  # rank 0 says why
         try:
             storage, workflow_id = prepare()
         except BaseException as error:

@@ -43,6 +43,13 @@ def _apart_store() -> Iterator[ObjectStore]:
         yield store
 
 
+def _leave_together(store: ObjectStore, test: str) -> None:
+    """Wait for the others: not by `barrier`, whose calls a test that failed on one rank would have left out of step."""
+    store.put(b"", ObjectID.from_name(f"{test} is over/{store.rank}"))
+    everybody = [ObjectID.from_name(f"{test} is over/{rank}") for rank in range(store.size)]
+    assert store.wait(everybody, store.size)[1] == []
+
+
 @pytest.fixture
 def open_store() -> Callable[..., ObjectStore]:
     """Return what opens a store of this test's own: ``open_store(apart, **settings)``, on all ranks."""
@@ -50,17 +57,17 @@ def open_store() -> Callable[..., ObjectStore]:
 
 
 @pytest.fixture
-def shared_store(_shared_store: ObjectStore) -> Iterator[ObjectStore]:
+def shared_store(_shared_store: ObjectStore, request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
     """A store whose ranks are on one node. All ranks leave a test together."""
     yield _shared_store
-    _shared_store.barrier()
+    _leave_together(_shared_store, request.node.nodeid)
 
 
 @pytest.fixture
-def apart_store(_apart_store: ObjectStore) -> Iterator[ObjectStore]:
+def apart_store(_apart_store: ObjectStore, request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
     """A store each of whose ranks is on a node of its own. All ranks leave a test together."""
     yield _apart_store
-    _apart_store.barrier()
+    _leave_together(_apart_store, request.node.nodeid)
 
 
 @pytest.fixture(params=["shared", "apart"])
