@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from exoflow_hpc import history, journal, local, records, summary
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import (
-    CanceledError,
     CorruptCheckpointError,
     ExoFlowError,
     WorkflowActiveError,
@@ -63,8 +62,9 @@ def run(
 ) -> Any:
     """Run the workflow that ends in *node* and return its output; blocks.
 
-    workflow_id: goes on with the workflow of that id if DAG and inputs are the same, else WorkflowExistsError (default: a new id). inputs: for
-    `InputNode`. ranks: local ranks to start where no launcher has (default: as many as cores). checkpoint: of tasks with ``"auto"``.
+    workflow_id: goes on with the workflow of that id if DAG and inputs are the same, else WorkflowExistsError (default:
+    a new id). inputs: for `InputNode`.
+    ranks: local ranks to start where no launcher has (default: as many as cores). checkpoint: of tasks with ``"auto"``.
     Under a launcher every rank calls it, rank 0's arguments count, and every rank gets the output. Errors: TaskError,
     TaskCrashedError, CanceledError, WorkflowActiveError, StorageError, and what `exoflow_hpc.compile` says of a DAG.
     """
@@ -105,7 +105,9 @@ def resume_all(storage: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def submit(place: Storage, node: Any, workflow_id: str | None, inputs: Any, checkpoint: str = "auto", **options: Any) -> str:
+def submit(
+    place: Storage, node: Any, workflow_id: str | None, inputs: Any, checkpoint: str = "auto", **options: Any
+) -> str:
     """Compile the DAG and put it into the storage, unless just that is there under the id already; return the id."""
     spec = compile_workflow(node, inputs, checkpoint=checkpoint, **options)
     if workflow_id is None:
@@ -137,6 +139,8 @@ def execute(place: Storage, workflow_id: str, ranks: int | None, *, quiet: bool)
     if end is not None and end.status == Status.SUCCESSFUL:
         with contextlib.suppress(CorruptCheckpointError):  # it is computed again
             return summary.of_finished(place, workflow_id)
+    if end is not None and end.status == Status.CANCELED:
+        raise history.canceled(workflow_id)
     refuse_if_active(directory, workflow_id)
     count = local.default_ranks() if ranks is None else ranks
     if count < 1:
@@ -151,7 +155,7 @@ def _value(place: Storage, result: Mapping[str, Any]) -> Any:
         return summary.output_value(place, workflow_id)
     end = history.last_end(journal.read(place.directory(workflow_id)).records)
     if status == Status.CANCELED:
-        raise CanceledError(f"workflow {workflow_id!r} was canceled")
+        raise history.canceled(workflow_id)
     if end is not None and end.status == Status.FAILED:
         raise history.error_of(end)
     raise ExoFlowError(f"workflow {workflow_id!r} is {status}: {result.get('error', 'it was interrupted')}; resume it")
@@ -198,7 +202,7 @@ def value_of(ended: Ended) -> Any:
     """Return a run's output on any rank, or raise what it ended with."""
     if ended.status != Status.SUCCESSFUL:
         if ended.status == Status.CANCELED:
-            raise CanceledError("the workflow was canceled")
+            raise history.canceled(ended.workflow_id)
         raise ended.error or ExoFlowError(f"the workflow is {ended.status}")
     path = Path(ended.directory)
     return summary.output_value(Storage(path.parent.parent, create=False), path.name)

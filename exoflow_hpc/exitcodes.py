@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from exoflow_hpc.history import Status
 
-__all__ = ["BAD_USAGE", "FAILED", "RESUMABLE", "SUCCESSFUL", "exit_code"]
+__all__ = ["ALL", "BAD_USAGE", "FAILED", "RESUMABLE", "SUCCESSFUL", "exit_code"]
 
-SUCCESSFUL, FAILED, BAD_USAGE, RESUMABLE = range(4)
+ALL = SUCCESSFUL, FAILED, BAD_USAGE, RESUMABLE = range(4)
 
 
 def exit_code(status: str) -> int:

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
-from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.errors import CanceledError, ExoFlowError
 from exoflow_hpc.spec import WorkflowSpec
 
-__all__ = ["Status", "check_output", "committed_tasks", "error_of", "last_end", "load_output", "status_of", "voided_tasks"]
+__all__ = [
+    "Status",
+    "canceled",
+    "check_output",
+    "committed_tasks",
+    "error_of",
+    "last_end",
+    "load_output",
+    "status_of",
+    "voided_tasks",
+]
 
 
 class Status:
@@ -37,7 +47,9 @@ def voided_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[
     return _standing(spec, history)[1]
 
 
-def _standing(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> tuple[dict[int, records.TaskCommitted], dict[int, str]]:
+def _standing(
+    spec: WorkflowSpec, history: Iterable[dict[str, Any]]
+) -> tuple[dict[int, records.TaskCommitted], dict[int, str]]:
     committed: dict[int, records.TaskCommitted] = {}
     voided: dict[int, str] = {}
     for wire in history:
@@ -94,6 +106,11 @@ def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:
         return serialize.unpack(Meta.from_wire(record.meta), place.data)
     meta, data = checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
     return serialize.unpack(meta, data)
+
+
+def canceled(workflow_id: str) -> CanceledError:
+    """Return the error for a workflow that was canceled: that is for good."""
+    return CanceledError(f"workflow {workflow_id!r} was canceled: delete it, or run it anew under another id")
 
 
 def error_of(end: records.WorkflowFinished) -> ExoFlowError:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from exoflow_hpc import exitcodes
 from exoflow_hpc.history import Status
 from hoplite_mpi import cleanup
 from hoplite_mpi.launch import LocalRanks
@@ -56,10 +57,13 @@ def run_local(workflow_id: str, storage: Path, ranks: int, *, quiet: bool = Fals
                 summary["ranks"]["lost"] += lost
                 return summary
             started, lost = started + count, lost + 1
-            if code >= 0:  # it was not killed: it would do the same again
+            if code in exitcodes.ALL:  # it ended by itself, and would do the same again
                 break
             if not quiet and attempt < MAX_RESTARTS:
-                print(f"[{workflow_id}] the rank that controls the run is gone: all start again from what is committed", file=sys.stderr)
+                print(
+                    f"[{workflow_id}] the rank that controls the run is gone: all start again from what is committed",
+                    file=sys.stderr,
+                )
     finally:
         cleanup()  # what ranks that were killed have left in /dev/shm
     return {

@@ -82,7 +82,9 @@ def output_value(storage: Storage, workflow_id: str, task: str | None = None) ->
         raise
     except Exception as error:  # whatever the user's classes raise when they are rebuilt
         name = spec.tasks[index].name
-        raise ExoFlowError(f"the output of task {name!r} of workflow {workflow_id!r} can't be loaded here: {error!r}") from error
+        raise ExoFlowError(
+            f"the output of task {name!r} of workflow {workflow_id!r} can't be loaded here: {error!r}"
+        ) from error
 
 
 def jsonable(value: Any) -> Any:

@@ -16,6 +16,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from hoplite_mpi import ending
 from hoplite_mpi._version import __version__
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
@@ -67,6 +68,7 @@ __all__ = [
 ]
 
 guard.prepare_environment()
+ending.prepare()
 guard.load()
 
 
@@ -91,6 +93,7 @@ def init(comm: Any = None, *, memory_limit: int | None = None, config: Config | 
     runtime = Runtime(place, settings)
     store = ObjectStore(runtime, mode)
     runtime.start()
+    ending.watch(store, lambda: runtime.ended_cleanly)
     return store
 
 

@@ -14,7 +14,7 @@ from hoplite_mpi.transport.engine import Engine
 __all__ = ["Future"]
 
 
-class Future(concurrent.futures.Future):  # type: ignore[type-arg]
+class Future(concurrent.futures.Future):
     """Result of an asynchronous call: works with `concurrent.futures.wait`, `await`, and callbacks.
 
     `cancel` gives up waiting; the object itself is not touched.

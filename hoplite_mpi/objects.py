@@ -79,8 +79,6 @@ class Objects:
         self._copies: dict[ObjectID, Copy] = {}
         #: newest version of each object that was dropped here: its streams are refused
         self._dropped: dict[ObjectID, int] = {}
-        #: pins of dropped copies that a drained transfer may still write to: never given back
-        self._held: list[Pinned] = []
         self.ready: dict[ObjectID, Ready] = {}
 
     def __len__(self) -> int:
@@ -238,16 +236,10 @@ class Objects:
     def _forget(self, copy: Copy) -> None:
         self._copies.pop(copy.oid, None)
         copy.stream.fail()
-        under_way = list((copy.incoming or {}).values())
-        for incoming in under_way:
+        for incoming in list((copy.incoming or {}).values()):
             self._transfers.stop(incoming)
+        # receives that are posted until the transfers are drained hold views of it, so it is not used again before
         if copy.region is not None:
-            # receives may be posted into it until the transfers are drained
-            if under_way:
-                copy.region.quarantine()
-            else:
-                copy.region.abandon()
+            copy.region.abandon()
             copy.region = None
-        elif copy.pinned is not None and under_way:
-            self._held.append(copy.pinned)
         copy.pinned = None

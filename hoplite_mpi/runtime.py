@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,11 +24,12 @@ from hoplite_mpi.protocol.core import Protocol
 from hoplite_mpi.protocol.membership import Membership
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.slots import Slots, reduce_bytes
-from hoplite_mpi.transport import joining
+from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
 from hoplite_mpi.transport.engine import Engine, Ordered
 from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
 from hoplite_mpi.transport.joining import Joiner
+from hoplite_mpi.transport.liveness import Liveness
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 from hoplite_mpi.transport.transfer import Transfers
 
@@ -57,6 +59,13 @@ class Runtime:
         self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
         self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
         self.joiner = Joiner(self.engine, self.side, is_senior=self._is_senior, on_joined=self._joined)
+        self.liveness = Liveness(
+            self.engine,
+            self.side,
+            peers=self._others,
+            on_silence=lambda peer: self._membership(ms.PeerDown(*peer, "silence")),
+            on_return=lambda peer: self._membership(ms.PeerUp(*peer)),
+        )
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
         self.objects = Objects(self.engine, self.fabric, self.transfers, self.arena, self.handle, self._no_memory)
@@ -94,6 +103,7 @@ class Runtime:
 
         def begin() -> None:
             self._carry_out(self.membership.start())
+            self.liveness.start()
             self.engine.after(self.config.start_timeout, lambda: self._membership(ms.StartTimeout()))
             if place.comm is None:
                 place.announce(self.side.address)
@@ -103,6 +113,7 @@ class Runtime:
         ready = self.engine.wait(lambda: self.view is not None or self.closed is not None, self._pause, None)
         assert ready
         if self.closed is not None:
+            self.leave(0.0)
             raise self.closed
 
     @staticmethod
@@ -129,15 +140,24 @@ class Runtime:
         self.engine.stop()
         self.arena.close()
 
+    @property
+    def ended_cleanly(self) -> bool:
+        """Whether this process has left with nothing under way: then MPI_Finalize waits for nobody who is dead."""
+        stopped = all(thread.ident != self.engine.thread_ident for thread in threading.enumerate())
+        return self.left and not self.peers_lost and not self.joiner.busy and stopped
+
     def _shut(self) -> None:
         if self.closed is None:
             self.closed = ClosedError("the store is closed")
         self.joiner.stop()
-        if self.view is not None:
-            for member in self.view.members.values():
-                if member.rank != self.place.rank:
-                    self.fabric.drop((member.rank, member.incarnation))
+        for peer in self._others():
+            self.fabric.drop(peer)
         self.side.close()
+
+    def _others(self) -> list[PeerKey]:
+        """Return the other members."""
+        members = () if self.view is None else self.view.members.values()
+        return [(member.rank, member.incarnation) for member in members if member.rank != self.place.rank]
 
     def _close(self, error: HopliteError) -> None:
         if self.closed is not None:
@@ -145,6 +165,7 @@ class Runtime:
         self.closed = error
         log.error("%s", error)
         self.on_closed(error)
+        self.engine.after(0, self._shut)  # the others are to see it at once, and nothing of this process any more
 
     def check(self) -> None:
         """Raise what closed the store, if anything did. Any thread."""
@@ -261,10 +282,13 @@ class Runtime:
         self._membership(ms.PeerDown(*peer, "reset" if proof in ("reset", "bye") else "silence"))
 
     def _side_message(self, peer: PeerKey, kind: int, body: Any) -> None:
+        self.liveness.heard(peer)
         if kind in (RING, AWAKE, ASLEEP):
             self.fabric.on_side_message(peer, kind, body)
         elif kind in joining.KINDS:
             self.joiner.on_side_message(peer, kind, body)
+        elif kind in liveness.KINDS:
+            self.liveness.on_side_message(peer, kind)
         elif kind == _MEMBERSHIP:
             self._membership(ms.MessageReceived(peer, ms.Message.from_wire(body)))
 

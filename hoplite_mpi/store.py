@@ -28,8 +28,8 @@ from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import SUM, Pinned, ReduceOp, op_by_name
 from hoplite_mpi.meta import Meta
-from hoplite_mpi.protocol import cost
 from hoplite_mpi.objects import Ready
+from hoplite_mpi.protocol import cost
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.runtime import Runtime
@@ -365,6 +365,8 @@ class ObjectStore:
             raise ReduceError(f"deterministic=True can't be had: {why}")
         name = op_by_name(op).name if isinstance(op, str) else op.name
         rid = ObjectID.random() if object_id is None else _checked(object_id)
+        if rid in oids:
+            raise ValueError(f"the result of a reduce, {rid}, can't be among its sources")
         self._engine.run(lambda: self._runtime.handle(ev.ReduceRequested(rid, oids, name, num_objects)))
         return rid
 
@@ -507,7 +509,7 @@ def _as_bytes(value: Any) -> tuple[Meta, memoryview]:
         return Meta.of_bytes(view.nbytes), flat
     array = np.asarray(value) if _numpy_knows(value) else np.from_dlpack(value)
     meta = Meta.of_array(array)
-    contiguous = np.ascontiguousarray(array).reshape(-1)
+    contiguous: Any = np.ascontiguousarray(array).reshape(-1)
     return meta, memoryview(contiguous.view(np.uint8)) if array.nbytes else memoryview(b"")
 
 

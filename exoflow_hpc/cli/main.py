@@ -32,14 +32,20 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, act: Callable[..., int], text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
-        one.add_argument("--storage", metavar="DIR", help="storage directory (default: EXOFLOW_STORAGE, else ./.exoflow)")
+        one.add_argument(
+            "--storage", metavar="DIR", help="storage directory (default: EXOFLOW_STORAGE, else ./.exoflow)"
+        )
         one.add_argument("--json", action="store_true", help="print one JSON object on the last line")
         one.set_defaults(act=act)
         return one
 
     one = command("run", run.run, "run the workflow that FILE defines; goes on with --id if it is the same workflow")
-    one.add_argument("file", metavar="FILE[:FUNCTION]", help="Python file with a function workflow(**inputs) that returns a DAG")
-    one.add_argument("--input", action="append", default=[], metavar="KEY=VALUE", help="input; VALUE is JSON, else a string")
+    one.add_argument(
+        "file", metavar="FILE[:FUNCTION]", help="Python file with a function workflow(**inputs) that returns a DAG"
+    )
+    one.add_argument(
+        "--input", action="append", default=[], metavar="KEY=VALUE", help="input; VALUE is JSON, else a string"
+    )
     one.add_argument("--id", help="id of the workflow (default: a new one)")
     _ranks(one)
     one = command("resume", run.resume, "go on with a workflow that was interrupted or failed")

@@ -23,7 +23,9 @@ def status(options: Any) -> int:
         wire = dataclasses.asdict(known)
         print(json.dumps({name: value for name, value in wire.items() if value is not None}))
     else:
-        print(f"{known.workflow_id}: {known.status}, {known.committed} of {known.tasks} tasks committed, epoch {known.epoch}")
+        print(
+            f"{known.workflow_id}: {known.status}, {known.committed} of {known.tasks} tasks committed, epoch {known.epoch}"
+        )
     return 0
 
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from exoflow_hpc import checkpoint
-from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError, StorageError
+from exoflow_hpc.errors import CorruptCheckpointError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
+from exoflow_hpc.rank.job import Job
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.reducing import Reducer
+from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
-from exoflow_hpc.spec import TaskSpec, WorkflowSpec
+from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
-from exoflow_hpc.worker.pool import TaskHandle, WorkerPool
+from exoflow_hpc.worker.pool import WorkerPool
 from exoflow_hpc.worker.protocol import (
     ArenaInput,
     InlineInput,
-    Input,
     TaskCancelled,
     TaskCrashed,
     TaskDone,
@@ -33,7 +32,7 @@ from exoflow_hpc.worker.protocol import (
     TaskResult,
 )
 from hoplite_mpi import ClosedError, EvictedError, HopliteError, ObjectID
-from hoplite_mpi.memory import Arena, reduce_into
+from hoplite_mpi.memory import Arena
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.testing import fault
 
@@ -48,51 +47,42 @@ log = logging.getLogger("exoflow_hpc.agent")
 _INPUT_CHECK = 2.0
 
 
-def output_id(workflow_id: str, epoch: int, task: str, attempt: int) -> ObjectID:
-    """Return the id of the output of an attempt. No two attempts share one (R10c)."""
-    return ObjectID.from_name(f"exoflow/{workflow_id}/{epoch}/{task}/{attempt}")
-
-
-@dataclass(eq=False)
-class _Job:
-    """An attempt that was dispatched to this rank."""
-
-    run: ms.Run
-    task: TaskSpec
-    #: id of its output
-    output: ObjectID
-    #: position in `TaskSpec.data` → the input
-    inputs: dict[int, Input] = field(default_factory=dict)
-    #: position → what keeps an input's bytes in place until the attempt is over
-    values: dict[int, Any] = field(default_factory=dict)
-    #: position → id, for inputs that are on their way
-    coming: dict[int, ObjectID] = field(default_factory=dict)
-    handle: TaskHandle | None = None
-    canceled: bool = False
-    over: bool = False
+def output_id(run: str, task: str, attempt: int) -> ObjectID:
+    """Return the id of the output of an attempt in a run (`Begin.run`). No two attempts share one (R10c)."""
+    return ObjectID.from_name(f"exoflow/{run}/{task}/{attempt}")
 
 
 class Agent:
     """One rank's part in one workflow at a time. All methods run in the loop's thread."""
 
     def __init__(
-        self, store: ObjectStore, arena: Arena, pool: WorkerPool, slots: int, writer: checkpoint.WriterClient, loop: Loop
+        self,
+        store: ObjectStore,
+        arena: Arena,
+        pool: WorkerPool,
+        slots: int,
+        writer: checkpoint.WriterClient,
+        loop: Loop,
     ) -> None:
         self._store = store
         self._arena = arena
         self._pool = pool
         self._slots = slots
-        self._writer = writer
         self._loop = loop
         self._send = lambda rank, message: None
+        #: None between two runs
         self._begun: ms.Begin | None = None
+        #: of the latest run, empty before the first
+        self.workflow_id = self.workflow_dir = ""
         self._controller = -1
         self._spec: WorkflowSpec | None = None
-        self._jobs: dict[tuple[int, int], _Job] = {}
+        self._jobs: dict[tuple[int, int], Job] = {}
         #: objects that were read from checkpoints
         self._loaded: dict[int, ObjectID] = {}
         #: reads checkpoints and reduces in order, which would hold up the loop
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="exoflow-agent")
+        self._reducer = Reducer(store, loop, self._helpers, self._finished, self._failed)
+        self._saver = Saver(store, writer, loop, self._reply)
         #: how the run ended
         self.ended: ms.End | None = None
         self._checking = False
@@ -100,15 +90,6 @@ class Agent:
     def connect(self, send: Any) -> None:
         """Set ``send(rank, message)``."""
         self._send = send
-
-    @property
-    def workflow_id(self) -> str:
-        """Id of the workflow that this agent has begun, empty if none."""
-        return "" if self._begun is None else self._begun.workflow_id
-
-    @property
-    def workflow_dir(self) -> str:
-        return "" if self._begun is None else self._begun.workflow_dir
 
     def close(self) -> None:
         """Wait for the helper threads."""
@@ -122,8 +103,7 @@ class Agent:
             self._begin(rank, message)
             return
         if isinstance(message, ms.End) and message.epoch == 0:  # refused before it began
-            self.ended = message
-            self._send(rank, ms.Over(message.epoch))
+            self._end(rank, message)
             return
         if self._begun is None or message.epoch != self._begun.epoch or rank != self._controller:
             log.info("a %s of epoch %d from rank %d was refused", type(message).__name__, message.epoch, rank)
@@ -134,11 +114,16 @@ class Agent:
             case ms.Cancel():
                 self._cancel(message)
             case ms.Write():
-                self._write(message)
+                self._saver.write(
+                    message, self._id(message.task, message.attempt), self.workflow_dir, self._name(message.task)
+                )
             case ms.End():
-                self._leave()
-                self.ended = message
-                self._reply(ms.Over(message.epoch))
+                self._end(rank, message)
+
+    def _end(self, rank: int, message: ms.End) -> None:
+        self._leave()
+        self._begun, self.ended = None, message
+        self._send(rank, ms.Over(message.epoch))
 
     def _leave(self) -> None:
         """Stop what still runs for the workflow that was begun, and free what was read for it."""
@@ -152,26 +137,35 @@ class Agent:
         self._loaded.clear()
 
     def _begin(self, rank: int, message: ms.Begin) -> None:
-        if self._begun is not None and self._begun.workflow_dir == message.workflow_dir and message.epoch <= self._begun.epoch:
+        if (
+            self._begun is not None
+            and self._begun.workflow_dir == message.workflow_dir
+            and message.epoch <= self._begun.epoch
+        ):
             return
         storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
         self._spec = WorkflowSpec.from_bytes(storage.spec(message.workflow_id), message.workflow_dir)
         self._leave()
         self._begun, self._controller, self.ended = message, rank, None
+        self.workflow_id, self.workflow_dir = message.workflow_id, message.workflow_dir
         self._send(rank, ms.Ready(message.epoch, self._slots))
 
     def _reply(self, message: ms.Message) -> None:
         self._send(self._controller, message)
 
     def _id(self, task: int, attempt: int) -> ObjectID:
-        assert self._begun is not None and self._spec is not None
-        return output_id(self._begun.workflow_id, self._begun.epoch, self._spec.tasks[task].name, attempt)
+        assert self._begun is not None
+        return output_id(self._begun.run, self._name(task), attempt)
+
+    def _name(self, task: int) -> str:
+        assert self._spec is not None
+        return self._spec.tasks[task].name
 
     # -- running -------------------------------------------------------------------------------------------------------------
 
     def _run(self, run: ms.Run) -> None:
         assert self._spec is not None
-        job = _Job(run, self._spec.tasks[run.task], self._id(run.task, run.attempt))
+        job = Job(run, self._spec.tasks[run.task], self._id(run.task, run.attempt))
         self._jobs[run.task, run.attempt] = job
         fault.point("agent.dispatched")
         for position, place in enumerate(run.inputs):
@@ -187,13 +181,13 @@ class Agent:
                 self._helpers.submit(self._read, job, position, place, self.workflow_dir)
         self._start_if_complete(job)
 
-    def _fetch(self, job: _Job, position: int, oid: ObjectID) -> None:
+    def _fetch(self, job: Job, position: int, oid: ObjectID) -> None:
         job.coming[position] = oid
         future = self._store.get_async(oid)
         future.add_done_callback(lambda _: self._loop.post(lambda: self._fetched(job, position, oid, future)))
         self._watch_inputs()
 
-    def _fetched(self, job: _Job, position: int, oid: ObjectID, future: Any) -> None:
+    def _fetched(self, job: Job, position: int, oid: ObjectID, future: Any) -> None:
         if job.over or future.cancelled():
             return
         error = future.exception()
@@ -214,7 +208,7 @@ class Agent:
             job.inputs[position] = ArenaInput(oid, ready.version)
             self._start_if_complete(job)
 
-    def _read(self, job: _Job, position: int, place: ms.InputPlace, workflow_dir: str) -> None:
+    def _read(self, job: Job, position: int, place: ms.InputPlace, workflow_dir: str) -> None:
         """Read an input from its checkpoint; in a helper thread."""
         try:
             meta, data = checkpoint.read(workflow_dir, place.file, place.entry, place.checksum)
@@ -227,12 +221,12 @@ class Agent:
         else:
             self._loop.post(lambda: self._was_read(job, position, place, meta, data))
 
-    def _found_corrupt(self, job: _Job, place: ms.InputPlace, text: str) -> None:
+    def _found_corrupt(self, job: Job, place: ms.InputPlace, text: str) -> None:
         """Tell the controller, which begins again without that output; the attempt waits until then."""
         if not job.over:
             self._reply(ms.Corrupt(job.run.epoch, place.task, place.attempt, text))
 
-    def _was_read(self, job: _Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
+    def _was_read(self, job: Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
         if job.over:
             return
         oid = self._loaded.get(place.task)
@@ -246,17 +240,17 @@ class Agent:
             self._loaded[place.task] = oid
         self._fetch(job, position, oid)
 
-    def _start_if_complete(self, job: _Job) -> None:
+    def _start_if_complete(self, job: Job) -> None:
         if job.over or len(job.inputs) < len(job.run.inputs):
             return
         if job.canceled:
             self._failed(job, Failure("canceled", "canceled"))
         elif job.task.kind == "reduce":
-            self._reduce(job)
+            self._reducer.reduce(job)
         else:
             self._submit(job)
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         assert self._spec is not None and self._begun is not None
         run, task, spec = job.run, job.task, self._spec
         request = TaskRequest(
@@ -278,7 +272,7 @@ class Agent:
             ),
         )
 
-    def _ran(self, job: _Job, result: TaskResult) -> None:
+    def _ran(self, job: Job, result: TaskResult) -> None:
         oid = job.output
         if job.over or not isinstance(result, TaskDone):
             # a worker that died, or was killed, may have sealed an output that nobody will ask for
@@ -306,7 +300,7 @@ class Agent:
         elif isinstance(result, TaskCancelled):
             self._failed(job, Failure("canceled", "canceled"))
 
-    def _task_failed(self, job: _Job, result: TaskFailed) -> None:
+    def _task_failed(self, job: Job, result: TaskFailed) -> None:
         if result.stage == "inputs" and result.lost_inputs:
             missing = [[job.run.inputs[k].task, job.run.inputs[k].attempt] for k in result.lost_inputs]
             self._failed(job, Failure("lost-input", result.message), missing=missing)
@@ -314,24 +308,30 @@ class Agent:
         name = result.type_names[0].removeprefix("builtins.") if result.type_names else "an error"
         text = f"{name}: {result.message}" if result.message else name
         if result.stage != "call":
-            text = {"load": "when it was loaded: ", "output": "when its output was stored: "}.get(result.stage, "") + text
+            text = {"load": "when it was loaded: ", "output": "when its output was stored: "}.get(
+                result.stage, ""
+            ) + text
         failure = Failure("exception", text, result.traceback, result.pickled or b"")
         self._failed(job, failure, retryable=result.retryable)
 
-    def _finished(self, job: _Job, meta: Meta, data: bytes | None, seconds: float) -> None:
+    def _finished(self, job: Job, meta: Meta, data: bytes | None, seconds: float) -> None:
         self._over(job)
-        self._reply(ms.Finished(job.run.epoch, job.run.task, job.run.attempt, meta.to_wire(), meta.nbytes, data, seconds))
+        self._reply(
+            ms.Finished(job.run.epoch, job.run.task, job.run.attempt, meta.to_wire(), meta.nbytes, data, seconds)
+        )
 
     def _failed(
-        self, job: _Job, failure: Failure, *, retryable: bool = False, missing: list[list[int]] | None = None
+        self, job: Job, failure: Failure, *, retryable: bool = False, missing: list[list[int]] | None = None
     ) -> None:
         if job.over:
             return
         self._over(job)
         run = job.run
-        self._reply(ms.Failed(run.epoch, run.task, run.attempt, failure.kind, failure.to_wire(), retryable, missing or []))
+        self._reply(
+            ms.Failed(run.epoch, run.task, run.attempt, failure.kind, failure.to_wire(), retryable, missing or [])
+        )
 
-    def _over(self, job: _Job) -> None:
+    def _over(self, job: Job) -> None:
         job.over = True
         job.values.clear()
         self._jobs.pop((job.run.task, job.run.attempt), None)
@@ -346,82 +346,6 @@ class Agent:
         else:
             self._failed(job, Failure("canceled", "canceled"))
 
-    # -- reducing ------------------------------------------------------------------------------------------------------------
-
-    def _reduce(self, job: _Job) -> None:
-        """Add up arrays: integers by a tree over the ranks, in whatever order; floats here, in the order of the sources.
-
-        A task that runs again has to give the same bits, which floats added in another order do not.
-        """
-        metas = [self._meta_of(job, position) for position in range(len(job.run.inputs))]
-        first = metas[0]
-        for position, meta in enumerate(metas):
-            if meta.dtype is None or meta.dtype != first.dtype or meta.shape != first.shape:
-                what = "not an array" if meta.dtype is None else f"{meta.dtype} of shape {meta.shape}"
-                text = f"reduce needs arrays of one dtype and shape: input {position} is {what}, input 0 {first.dtype} of {first.shape}"
-                self._failed(job, Failure("exception", text))
-                return
-        assert first.dtype is not None
-        ids = {position: one.oid for position, one in job.inputs.items() if isinstance(one, ArenaInput)}
-        exact = first.dtype.kind in "biu"
-        if exact and len(ids) == len(metas) > 1:
-            self._reduce_by_tree(job, first, list(ids.values()))
-        else:
-            self._helpers.submit(self._reduce_in_order, job, first)
-
-    def _meta_of(self, job: _Job, position: int) -> Meta:
-        one = job.inputs[position]
-        if isinstance(one, InlineInput):
-            return one.meta
-        ready = self._store.local(one.oid)
-        assert ready is not None, "an input that is held can't be gone"
-        return ready.meta
-
-    def _reduce_by_tree(self, job: _Job, meta: Meta, sources: list[ObjectID]) -> None:
-        self._store.reduce(sources, job.task.op, object_id=job.output)
-        future = self._store.get_async(job.output)
-        future.add_done_callback(lambda _: self._loop.post(lambda: self._reduced(job, meta, future)))
-
-    def _reduced(self, job: _Job, meta: Meta, future: Any) -> None:
-        if job.over or future.cancelled():
-            return
-        error = future.exception()
-        if error is not None:
-            self._failed(job, Failure("exception", str(error)))
-        else:
-            self._finished(job, meta, None, 0.0)
-
-    def _reduce_in_order(self, job: _Job, meta: Meta) -> None:
-        """In a helper thread."""
-        total: np.ndarray[Any, Any] | None = None
-        failure = None
-        try:
-            for position in range(len(job.run.inputs)):
-                one = job.inputs[position]
-                value = meta.view(one.data) if isinstance(one, InlineInput) else job.values[position]
-                if total is None:
-                    total = np.array(value)
-                else:
-                    reduce_into(job.task.op, total, total, value)
-        except Exception as error:  # whatever it is: the attempt must not wait for ever
-            failure = Failure("exception", str(error) or repr(error))
-        self._loop.post(lambda: self._reduced_in_order(job, meta, total, failure))
-
-    def _reduced_in_order(self, job: _Job, meta: Meta, total: Any, failure: Failure | None) -> None:
-        if job.over:
-            return
-        if failure is None:
-            data = total.tobytes()
-            try:
-                if meta.nbytes > INLINE_LIMIT:
-                    self._store.put_bytes(job.output, meta, data)
-            except HopliteError as error:
-                failure = Failure("crash", f"its output could not be stored: {error}")
-        if failure is not None:
-            self._failed(job, failure)
-        else:
-            self._finished(job, meta, data if meta.nbytes <= INLINE_LIMIT else None, 0.0)
-
     # -- inputs that don't come ------------------------------------------------------------------------------------------------
 
     def _watch_inputs(self) -> None:
@@ -435,7 +359,9 @@ class Agent:
         waiting = [job for job in self._jobs.values() if job.coming]
         if not waiting:
             return
-        asked = {oid for job in waiting for position, oid in job.coming.items() if job.run.inputs[position].kind == "memory"}
+        asked = {
+            oid for job in waiting for position, oid in job.coming.items() if job.run.inputs[position].kind == "memory"
+        }
         found = self._store.located(sorted(asked)) if asked else frozenset()
         for job in waiting:
             lost = [
@@ -446,56 +372,3 @@ class Agent:
             if lost:
                 self._failed(job, Failure("lost-input", f"no copy is left of {len(lost)} of its inputs"), missing=lost)
         self._watch_inputs()
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------------------
-
-    def _write(self, message: ms.Write) -> None:
-        oid = self._id(message.task, message.attempt)
-        future = self._store.get_async(oid)
-        future.add_done_callback(lambda _: self._loop.post(lambda: self._write_value(message, oid, future)))
-
-    def _write_value(self, message: ms.Write, oid: ObjectID, future: Any) -> None:
-        assert self._begun is not None and self._spec is not None
-        ready = None if future.cancelled() or future.exception() is not None else self._store.local(oid)
-        if ready is None:
-            self._reply(ms.WriteFailed(message.epoch, message.task, message.attempt, "its bytes are gone", 0, True))
-            return
-        # held until the writer is done with the bytes
-        value = future.result()
-        source: checkpoint.FileSource | bytes
-        if ready.inline is not None:
-            source = ready.inline
-        else:
-            source = checkpoint.FileSource(*self._store.arena_file(oid, ready.version), ready.meta.nbytes)
-        name = self._spec.tasks[message.task].name
-        request = checkpoint.WriteRequest(
-            self._begun.workflow_dir, message.epoch, name, f"{name}", ready.meta, source
-        )
-
-        def written(_: checkpoint.WriteRequest, outcome: checkpoint.Written | ExoFlowError) -> None:
-            self._loop.post(lambda: self._written(message, ready.meta, outcome, value))
-
-        try:
-            self._writer.submit([request], written)
-        except ExoFlowError as error:
-            self._written(message, ready.meta, error, value)
-
-    def _written(self, message: ms.Write, meta: Meta, outcome: checkpoint.Written | ExoFlowError, value: Any) -> None:
-        del value  # its bytes were needed until now
-        if isinstance(outcome, ExoFlowError):
-            number = outcome.errno or 0 if isinstance(outcome, StorageError) else 0
-            self._reply(ms.WriteFailed(message.epoch, message.task, message.attempt, str(outcome), number, False))
-            return
-        fault.point("agent.written")
-        self._reply(
-            ms.Written(
-                message.epoch,
-                message.task,
-                message.attempt,
-                outcome.file,
-                outcome.entry,
-                outcome.checksum,
-                outcome.nbytes,
-                meta.to_wire(),
-            )
-        )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.recovery import descendants
@@ -40,16 +41,6 @@ if TYPE_CHECKING:  # importing it initialises MPI
 __all__ = ["Controller"]
 
 log = logging.getLogger("exoflow_hpc.controller")
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """An output that is in memory. data: the bytes of a small one; else it is an object of the store."""
-
-    attempt: int
-    meta: Meta
-    data: bytes | None
-    rank: int
 
 
 class Controller:
@@ -78,13 +69,16 @@ class Controller:
         self._progress = progress
         self._tally = tally
         self._epoch = journal.epoch
+        self._run = secrets.token_hex(8)
         past = list(history)
         #: task → what the journal says of its output
         self._committed = committed_tasks(spec, past)
         #: task → checksum of an output that was committed and is void now: made again, it has to be the same
         self._voided = voided_tasks(spec, past)
-        self._scheduler = Scheduler(spec, committed=self._committed, attempts={t: r.attempt for t, r in self._committed.items()})
-        self._outputs: dict[int, _Output] = {}
+        self._scheduler = Scheduler(
+            spec, committed=self._committed, attempts={t: r.attempt for t, r in self._committed.items()}
+        )
+        self._outputs: dict[int, Output] = {}
         #: task → (attempt, rank) of a write that was asked for and not answered
         self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
@@ -144,11 +138,13 @@ class Controller:
             self._begin(rank)
 
     def _begin(self, rank: int) -> None:
-        self._send(rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir)))
+        self._send(rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir), self._run))
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
-        ids = {self._id(task, out.attempt): (task, out.attempt) for task, out in self._outputs.items() if out.data is None}
+        ids = {
+            self._id(task, out.attempt): (task, out.attempt) for task, out in self._outputs.items() if out.data is None
+        }
         if not ids:
             return
         found = self._store.located(list(ids))
@@ -191,7 +187,7 @@ class Controller:
         task = message.task
         self._running.pop((task, message.attempt), None)
         known = self._outputs.get(task)
-        output = _Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
+        output = Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes))
@@ -282,16 +278,8 @@ class Controller:
         output = self._outputs.get(one.task)
         if one.source == "memory":
             assert output is not None and output.attempt == one.attempt, self._scheduler.story(one.task)
-            if output.data is None:
-                return ms.InputPlace(one.task, "memory", one.attempt)
-            return ms.InputPlace(one.task, "inline", one.attempt, output.meta.to_wire(), output.data)
-        record = self._committed[one.task]
-        if isinstance(record.location, records.Inline):
-            return ms.InputPlace(one.task, "inline", record.attempt, record.meta, record.location.data)
-        place = record.location
-        return ms.InputPlace(
-            one.task, "checkpoint", record.attempt, file=place.file, entry=place.entry, checksum=record.checksum
-        )
+            return output.place(one.task)
+        return place_of(one.task, self._committed[one.task])
 
     def _release(self, what: ev.Release) -> None:
         output = self._outputs.get(what.task)
@@ -308,14 +296,18 @@ class Controller:
             return
         if output.data is not None:
             checksum = serialize.checksum(output.meta, output.data)
-            self._commit(task, attempt, records.Inline(output.data), checksum, output.meta.nbytes, output.meta.to_wire())
+            self._commit(
+                task, attempt, records.Inline(output.data), checksum, output.meta.nbytes, output.meta.to_wire()
+            )
             return
         # the rank that has the bytes, or, if it is gone, any other: it gets them first
         rank = output.rank if output.rank in self._agents else min(self._agents)
         self._writing[task] = (attempt, rank)
         self._send(rank, ms.Write(self._epoch, task, attempt))
 
-    def _commit(self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]) -> None:
+    def _commit(
+        self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]
+    ) -> None:
         record = records.TaskCommitted(self._spec.tasks[task].name, attempt, 0, place, checksum, nbytes, meta)
         # before the record itself: no journal may end with the new output and what came of the old one
         differs = self._void_consumers(task, checksum)
@@ -392,11 +384,10 @@ class Controller:
         return ms.End(self._epoch, self.outcome.status, ms.pack_error(self.outcome.error))
 
     def _id(self, task: int, attempt: int) -> ObjectID:
-        return output_id(self._workflow_id, self._epoch, self._spec.tasks[task].name, attempt)
+        return output_id(self._run, self._spec.tasks[task].name, attempt)
 
     def _show(self) -> None:
         counters = self._scheduler.counters
         self._progress.update(
             total=len(self._spec.tasks), committed=len(self._committed), started=counters.run, rerun=counters.rerun
         )
-

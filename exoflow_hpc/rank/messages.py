@@ -58,6 +58,8 @@ class Begin:
     epoch: int
     workflow_id: str
     workflow_dir: str
+    #: name of this run of the workflow, which no other has: a workflow that was deleted can be made anew with id and epoch
+    run: str
 
 
 @dataclass(frozen=True, slots=True)

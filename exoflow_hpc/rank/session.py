@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Session:
         # at once: what comes before somebody listens is lost
         self._loop = Loop()
         self._post = self.store.channel(_CHANNEL, self._receive)
+        assert runtime.view is not None, "the store is opened when there is a view"
         self.slots = worker_count(self.settings, runtime.view, place.node)
         self.writer = WriterClient(place.rank, place.incarnation)
         self.writer.start()
@@ -116,7 +117,9 @@ class Session:
 
     # -- running -------------------------------------------------------------------------------------------------------------
 
-    def run(self, storage: Storage | None, workflow_id: str | None, *, quiet: bool = False, terminal: bool | None = None) -> Ended:
+    def run(
+        self, storage: Storage | None, workflow_id: str | None, *, quiet: bool = False, terminal: bool | None = None
+    ) -> Ended:
         """Take part in the run of a workflow until it ends; the head's arguments count, the others may give None.
 
         After an error that nobody foresaw this rank leaves the others, so that they don't wait for it.
@@ -142,7 +145,9 @@ class Session:
             self._loop.run_until(lambda: self._agent.ended is not None, _LAST_WORDS)
         end = self._agent.ended
         if end is None:
-            why = "the rank that controls the run is gone" if self._head_lost else "the others went on without this rank"
+            why = (
+                "the rank that controls the run is gone" if self._head_lost else "the others went on without this rank"
+            )
             return Ended("", history.Status.RESUMABLE, ExoFlowError(f"rank {self.rank}: {why}; resume the workflow"))
         return Ended(self._agent.workflow_id, end.status, end.to_error(), directory=self._agent.workflow_dir)
 
@@ -155,7 +160,7 @@ class Session:
                     self._controller = controller
                     controller.start(self._view)
                     self._watch_for_cancel(controller, storage.directory(workflow_id))
-                    self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)  # noqa: B023
+                    self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
                 if not controller.must_begin_again:
                     break
         except ExoFlowError as error:
@@ -167,15 +172,19 @@ class Session:
             self._controller = None
         outcome = controller.outcome
         if outcome is None:
-            error = ExoFlowError("the others went on without the rank that controls the run: resume the workflow")
-            return Ended(workflow_id, history.Status.RESUMABLE, error)
+            why = "the others went on without the rank that controls the run: resume the workflow"
+            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why))
         self._dismiss(controller.end_message(), self._view.ranks)
         progress.finish(outcome.status)
         return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
 
     def refuse(self, error: BaseException, status: str = "REFUSED") -> None:
         """Tell the other ranks that the run they wait for will not begin."""
-        known = error if isinstance(error, ExoFlowError) else ExoFlowError(f"rank {HEAD} failed: {str(error) or repr(error)}")
+        known = (
+            error
+            if isinstance(error, ExoFlowError)
+            else ExoFlowError(f"rank {HEAD} failed: {str(error) or repr(error)}")
+        )
         self._dismiss(ms.End(0, status, ms.pack_error(known)), [rank for rank in self._view.ranks if rank != HEAD])
 
     def _dismiss(self, message: ms.End, ranks: Iterable[int]) -> None:
@@ -201,6 +210,9 @@ class Session:
         try:
             for tail in past.torn:
                 progress.say(f"{tail.file}: {tail.nbytes} bytes at its end were never acknowledged and are dropped")
+            end = history.last_end(past.records)
+            if end is not None and end.status == history.Status.CANCELED:
+                raise history.canceled(workflow_id)
             _check_output(directory, spec, journal, past, progress)
             (directory / "cancel").unlink(missing_ok=True)
             with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):

@@ -47,4 +47,6 @@ class Tally:
     def outcome(self, status: str, error: ExoFlowError | None, tasks: int) -> Outcome:
         """Return how the run ended; *tasks*: how many the workflow has."""
         counters = Counters(len(self.ran), tasks - len(self.ran), self.dispatches - len(self.ran))
-        return Outcome(status, error, counters, len(self.known), self.lost, self.rejoined, time.monotonic() - self.began)
+        return Outcome(
+            status, error, counters, len(self.known), self.lost, self.rejoined, time.monotonic() - self.began
+        )

@@ -37,6 +37,8 @@ _SPIN = 100e-6
 _NAP = 5e-6
 #: the longest nap while requests are pending without any traffic
 _LONG_NAP = 1e-3
+#: seconds after which a blocked user thread looks whether the engine still runs
+_LONGEST_BLOCK = 1.0
 #: seconds between looks at the sockets while there is MPI traffic
 _SOCKET_PERIOD = 200e-6
 
@@ -315,7 +317,8 @@ class Engine:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
-            block(left)
+            # in pieces: nobody wakes those who wait for an engine that has failed
+            block(_LONGEST_BLOCK if left is None else min(left, _LONGEST_BLOCK))
             if self.failure is not None and not done():
                 raise self.failure
         return True

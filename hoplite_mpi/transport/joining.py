@@ -1,7 +1,7 @@
 """Joining: MPI connections between processes that were started apart, by accept and connect.
 
-Both block, so they run in a helper thread, one at a time, in the order in which they were wanted. Of each pair the senior accepts and the junior
-connects, so that only the process without state can crash in it. *go* (with the port's name) and *ready* are exchanged over the side
+Both block, so they run in a helper thread, one at a time, in the order in which they were wanted. Of each pair the senior
+accepts and the junior connects, so that only the process without state can crash in it. *go* (with the port's name) and *ready* are exchanged over the side
 channel just before, so a process is in accept only while the other is known to be about to connect. The senior of a pair never waits
 for a more senior one, so the waits have no cycle.
 """
@@ -106,6 +106,11 @@ class Joiner:
     def stop(self) -> None:
         """End the helper thread when it is done with what it does."""
         self._queue.put(None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is being made, so that a thread is in MPI. Any thread."""
+        return bool(self._jobs)
 
     # -- the helper thread ---------------------------------------------------------------------------------------------------
 

@@ -289,9 +289,9 @@ class Transfers:
             outgoing = self._outgoing[peer, number] = _Outgoing(link, number, Signal(self._engine))
             self._engine.spawn(self._serve(outgoing, tag, key, offset, end, chunk))
         elif kind == _STOP:
-            outgoing = self._outgoing.get((peer, number))
-            if outgoing is not None:
-                outgoing.stop()
+            stopped = self._outgoing.get((peer, number))
+            if stopped is not None:
+                stopped.stop()
         elif kind == _STOPPED:
             incoming = self._incoming.get(number)
             if incoming is not None and not incoming.ended:

@@ -72,7 +72,9 @@ def _outlive(directory: str) -> Any:
         noticed = time.time() - began
         again = hm.ObjectID.from_name(f"after/{store.rank}")
         store.put(np.full(NBYTES // 8, store.rank + 1), again)
-        total = store.reduce([hm.ObjectID.from_name(f"after/{rank}") for rank in (0, 1)], object_id=hm.ObjectID.from_name("sum"))
+        total = store.reduce(
+            [hm.ObjectID.from_name(f"after/{rank}") for rank in (0, 1)], object_id=hm.ObjectID.from_name("sum")
+        )
         result = noticed, int(store.get(total, timeout=30)[-1]), store.ranks
         store.barrier()  # who leaves takes its objects along
         return result

@@ -30,7 +30,9 @@ def _talk(size: int) -> Any:
 @pytest.mark.parametrize("size", [0, 64, 300_000], ids=["empty", "small", "several fragments"])
 def test_messages_arrive_whole_and_in_order(size: int) -> None:
     results = run_ranks(3, _talk, args=(size,), timeout=90)
-    assert {rank: result.value for rank, result in results.items()} == dict.fromkeys(range(3), ([], True, {size + 2})), results
+    assert {rank: result.value for rank, result in results.items()} == dict.fromkeys(
+        range(3), ([], True, {size + 2})
+    ), results
 
 
 def _talk_to_myself() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from exoflow_hpc._frames import scan
 
 __all__ = ["REPOSITORY", "Cli", "Namespace", "Process", "Result"]
 
@@ -56,9 +60,16 @@ def gated(directory, i, before):
     log(directory, "passed", i, os.getpid())
     return sum(before) * 100 + i
 
+@ef.task(checkpoint="sync")
+def block(directory, i, before):
+    """Return an array too large for the journal: in the directory of the store, or in shared memory if i is odd."""
+    here = ef.context()
+    log(directory, "block", here.task_id, here.epoch, here.attempt, os.getpid())
+    return np.full(20_000 if i % 2 else 2_000, i + sum(int(one[-1]) for one in before))
+
 @ef.task
 def total(parts):
-    return sum(parts)
+    return sum(int(np.max(part)) for part in parts)
 '''
 
 #: see `Cli.gated`
@@ -90,6 +101,14 @@ class Result:
     def text(self) -> str:
         return self.stdout + self.stderr
 
+    @property
+    def values(self) -> tuple[Any, int, int]:
+        """Return output, lost and rejoined ranks of a run that has succeeded."""
+        assert self.code == 0, self.text
+        report = self.json
+        assert report["status"] == "SUCCESSFUL"
+        return report["output"], report["ranks"]["lost"], report["ranks"]["rejoined"]
+
 
 class Process:
     """A command that runs; its output goes to files, so that no pipe can fill up or be kept open by a grandchild."""
@@ -115,6 +134,11 @@ class Process:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.popen.args!r} hangs\n{self._read().text}") from None
         return self._read(code)
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._err.read_text(errors="replace")
 
     def _read(self, code: int = 0) -> Result:
         return Result(code, self._out.read_text(errors="replace"), self._err.read_text(errors="replace"))
@@ -183,6 +207,11 @@ class Cli:
         command = [*self.prefix, *launcher, sys.executable, "-m", "exoflow_hpc", *args, "--storage", str(self.storage)]
         return Process(command, {**self.environment, **environment}, self.directory)
 
+    def program(self, script: str, launcher: tuple[str, ...] = ()) -> Result:
+        """Run a Python program in the directory; its workflows are in the storage as well."""
+        environment = {**self.environment, "EXOFLOW_STORAGE": str(self.storage)}
+        return Process([*launcher, sys.executable, script], environment, self.directory).wait()
+
     def __call__(self, *args: str, launcher: tuple[str, ...] = (), **environment: str) -> Result:
         return self.start(*args, launcher=launcher, **environment).wait()
 
@@ -199,6 +228,35 @@ class Cli:
 
     def open_gate(self) -> None:
         (self.directory / "gate").touch()
+
+    # --- what the journal says ---
+
+    def commits(self, workflow_id: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+        """Return task → (epoch, record) of each time that it was committed."""
+        found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        for path in sorted((self.storage / "workflows" / workflow_id / "journal").iterdir()):
+            for record in scan(int(path.name), path.read_bytes()).records:
+                if record["type"] == "task_committed":
+                    found.setdefault(record["task_id"], []).append((int(path.name), record))
+        return found
+
+    def check_committed_ran_once(self, workflow_id: str) -> None:
+        """Assert that each task was committed once, and that no `block` was started after it was committed."""
+        commits = self.commits(workflow_id)
+        assert {task: len(each) for task, each in commits.items()} == dict.fromkeys(commits, 1)
+        for _, task, epoch, attempt, _ in (words for words in self.log if words[0] == "block"):
+            when, record = commits[task][0]
+            assert (int(epoch), int(attempt)) <= (when, record["attempt"]), f"{task} ran after its commit"
+
+    def damage(self, workflow_id: str, task: str, value: int) -> str:
+        """Flip a byte of the checkpoint of a task that returned an array full of *value*; return the file's name."""
+        name = self.commits(workflow_id)[task][-1][1]["location"]["file"]
+        path = self.storage / "workflows" / workflow_id / "checkpoints" / name
+        data = bytearray(path.read_bytes())
+        where = data.index(np.full(100, value).tobytes())
+        data[where + 1] ^= 1
+        path.write_bytes(data)
+        return str(name)
 
     # --- processes and mounts ---
 
@@ -245,18 +303,18 @@ class Cli:
         self.wait_until(lambda: not self.processes(), "killed processes are gone")
         return len(stopped)
 
-    def rank_of(self, pid: int) -> tuple[int, int]:
-        """Return (rank, pid of the rank's process) for a worker: its topmost ancestor that is Python and has a rank."""
-        rank = agent = -1
+    @staticmethod
+    def rank_of(pid: int) -> tuple[int, int]:
+        """Return (rank, pid of the rank's process) for a worker: its ancestor that runs `exoflow_hpc.rank`."""
         while pid > 1:
-            environ = dict(
-                item.split(b"=", 1) for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in item
-            )
-            if b"HOPLITE_RANK" in environ and "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe")):
-                rank, agent = int(environ[b"HOPLITE_RANK"]), pid
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if command[1:3] == [b"-m", b"exoflow_hpc.rank"]:
+                environ = Path(f"/proc/{pid}/environ").read_bytes()
+                found = re.search(rb"(?:^|\0)HOPLITE_RANK=(\d+)", environ)
+                assert found is not None
+                return int(found[1]), pid
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        assert agent > 0, f"process {pid} belongs to no rank"
-        return rank, agent
+        raise AssertionError(f"process {pid} belongs to no rank")
 
 
 @pytest.fixture(scope="session")

@@ -107,11 +107,18 @@ def test_usage(cli: Cli, args: list[str]) -> None:
     refused(cli(*args), "usage|ranks")
 
 
-@pytest.mark.parametrize("command", ["status", "resume", "output", "delete"])
-def test_unknown_id(cli: Cli, command: str) -> None:
+def test_unknown_id(cli: Cli) -> None:
     assert cli("run", cli.file(OK), "--id", "known", "--ranks", "1").code == 0
-    refused(cli(command, "unknown"), "unknown")
-    refused(cli(command, "../known"), r"\.\./known")
+    for command in ("status", "resume", "output", "delete", "cancel"):
+        refused(cli(command, "unknown"), "unknown")
+    refused(cli("delete", "../known"), r"\.\./known")
+    refused(cli("output", "known", "nothing"), "nothing")
+    assert cli("output", "known").stdout.strip() == "3"
+
+
+def test_environment(cli: Cli) -> None:
+    refused(cli("run", cli.file(OK), EXOFLOW_WORKERS="many"), "EXOFLOW_WORKERS", "many")
+    refused(cli("run", cli.file(OK), HOPLITE_CHUNK_SIZE="large"), "HOPLITE_CHUNK_SIZE", "large")
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", ".hidden", "", "x" * 300])

@@ -31,7 +31,11 @@ def example_command(cli: Cli, ranks: int, inputs: list[str]) -> list[str]:
 def committed(cli: Cli, ranks: int) -> int:
     """Return how many tasks are committed."""
     directory = cli.storage / f"workflows/example-{ranks}"
-    return sum(record["type"] == "task_committed" for record in journal.read(directory).records) if directory.exists() else 0
+    return (
+        sum(record["type"] == "task_committed" for record in journal.read(directory).records)
+        if directory.exists()
+        else 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_same_result_with_other_shards(cli: Cli, clean: dict[str, Any]) -> None:
     assert result.json["output"]["checksum"] == clean["output"]["checksum"]
 
 
-@pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
+@pytest.mark.parametrize("share", [0.25, 0.75])
 def test_same_result_after_a_kill(cli: Cli, clean: dict[str, Any], share: float) -> None:
     """Everything is killed when that share of the tasks is committed; another number of ranks finishes it."""
     run = cli.start(*example_command(cli, 2, SMALL))

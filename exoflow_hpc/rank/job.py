@@ -1,0 +1,33 @@
+"""An attempt of a task on its rank, from its dispatch to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from exoflow_hpc.rank import messages as ms
+from exoflow_hpc.spec import TaskSpec
+from exoflow_hpc.worker.pool import TaskHandle
+from exoflow_hpc.worker.protocol import Input
+from hoplite_mpi import ObjectID
+
+__all__ = ["Job"]
+
+
+@dataclass(eq=False)
+class Job:
+    """An attempt that was dispatched to this rank."""
+
+    run: ms.Run
+    task: TaskSpec
+    #: id of its output
+    output: ObjectID
+    #: position in `TaskSpec.data` → the input
+    inputs: dict[int, Input] = field(default_factory=dict)
+    #: position → what keeps an input's bytes in place until the attempt is over
+    values: dict[int, Any] = field(default_factory=dict)
+    #: position → id, for inputs that are on their way
+    coming: dict[int, ObjectID] = field(default_factory=dict)
+    handle: TaskHandle | None = None
+    canceled: bool = False
+    over: bool = False

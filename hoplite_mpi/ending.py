@@ -1,0 +1,79 @@
+"""How a process ends: with MPI_Finalize where that is safe, without where it could wait for the dead.
+
+mpi4py calls MPI_Finalize whenever the interpreter ends. It is collective over all that are connected, so after a death it may never return.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["prepare", "watch"]
+
+log = logging.getLogger("hoplite_mpi")
+
+#: seconds that MPI_Finalize may take
+_FINALIZE_TIMEOUT = 5.0
+
+#: stores of this process that have not been closed
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
+#: asked at the end: whether nothing is left with MPI that could keep it from ending
+_clean: list[Callable[[], bool]] = []
+#: calls MPI_Finalize when told to; started early, since Python ≥ 3.12 starts no thread at its end
+_helper: threading.Thread | None = None
+_go = threading.Event()
+
+
+def prepare() -> None:
+    """Take MPI_Finalize over from mpi4py; to be called before mpi4py.MPI is imported, else mpi4py keeps it."""
+    # At the end UCX warns of the receives that were cancelled; what matters comes as an MPI error.
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules and mpi4py.rc.finalize is None:
+        mpi4py.rc.finalize = False
+        atexit.register(_end)
+
+
+def watch(store: Any, is_clean: Callable[[], bool]) -> None:
+    """Close *store* at the end, unless it has been; *is_clean()* says then whether MPI_Finalize is safe."""
+    global _helper
+    _open.add(store)
+    _clean.append(is_clean)
+    if _helper is None:
+        _helper = threading.Thread(target=_finalize, name="hoplite-finalize", daemon=True)
+        _helper.start()
+
+
+def _finalize() -> None:
+    from mpi4py import MPI
+
+    _go.wait()
+    MPI.Finalize()
+
+
+def _end() -> None:
+    closed_in_time = True
+    for store in list(_open):
+        closed_in_time &= store.closed
+        store.close()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    # A store that was left open means an error on this rank: the others may not come to their end at all.
+    if not closed_in_time or not all(is_clean() for is_clean in _clean):
+        return
+    if _helper is None:
+        mpi.Finalize()
+        return
+    # The others may die just now: then this process still ends, with its own exit code.
+    _go.set()
+    _helper.join(_FINALIZE_TIMEOUT)
+    if _helper.is_alive():
+        log.warning("MPI_Finalize has not come back after %g s: ending without it", _FINALIZE_TIMEOUT)

@@ -1,0 +1,150 @@
+"""Tests of the agent: what becomes of the memory of attempts that end in each way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+import exoflow_hpc as ef
+from exoflow_hpc.compile import compile_workflow
+from exoflow_hpc.rank import messages as ms
+from exoflow_hpc.rank.agent import Agent, output_id
+from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.storage import Storage
+from exoflow_hpc.worker.protocol import TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskResult
+from hoplite_mpi.errors import StoreFullError
+from hoplite_mpi.meta import Meta
+
+__all__: list[str] = []
+
+BIG = Meta.of_bytes(1 << 20)
+OUTPUT = output_id("run-1", "f", 0)
+
+
+@ef.task
+def f() -> int:
+    return 1
+
+
+class Harness:
+    """An agent whose store, arena and workers note what is asked of them; the controller is rank 3."""
+
+    def __init__(self, directory: Path) -> None:
+        self.store, self.arena, self.pool = Mock(closed=False, inline_limit=65536), Mock(), Mock()
+        self.loop = Loop()
+        self.agent = Agent(self.store, self.arena, self.pool, 2, Mock(), self.loop)
+        self.said: list[ms.Message] = []
+        self.agent.connect(lambda rank, message: self.said.append(message))
+        storage = Storage(directory)
+        self.directory = str(storage.create("w", compile_workflow(f.bind()).to_bytes()))
+        self.begin(1)
+
+    def begin(self, epoch: int) -> None:
+        self.agent.handle(3, ms.Begin(epoch, "w", self.directory, f"run-{epoch}"))
+
+    def ends(self, result: TaskResult) -> list[ms.Message]:
+        """Let a worker say *result* about the task that was submitted last; return what the agent says then."""
+        on_done = self.pool.submit.call_args.args[1]
+        self.said.clear()
+        on_done(result)
+        done: list[bool] = []
+        self.loop.post(lambda: done.append(True))
+        assert self.loop.run_until(lambda: bool(done), 10)
+        return self.said
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Any:
+    harness = Harness(tmp_path)
+    yield harness
+    harness.agent.close()
+
+
+def run(harness: Harness) -> None:
+    harness.agent.handle(3, ms.Run(1, 0, 0, []))
+    assert harness.pool.submit.call_args.args[0].output == OUTPUT
+
+
+def test_output_in_shared_memory_is_adopted(harness: Harness) -> None:
+    run(harness)
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == [ms.Finished(1, 0, 0, BIG.to_wire(), 1 << 20, None, 0.0)]
+    harness.arena.adopt.assert_called_once_with(OUTPUT)
+    harness.store.adopt.assert_called_once_with(OUTPUT)
+    harness.arena.delete.assert_not_called()
+
+
+@pytest.mark.parametrize("size", [10, 5000])
+def test_small_output(harness: Harness, size: int) -> None:
+    """Up to 4 KiB it travels to the controller, else it is put into the store."""
+    run(harness)
+    meta, data = Meta.of_bytes(size), bytes(size)
+    (said,) = harness.ends(TaskDone(meta, size, data))
+    assert isinstance(said, ms.Finished)
+    assert said.data == (data if size == 10 else None)
+    assert harness.store.put_bytes.called == (size == 5000)
+
+
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [
+        (TaskCrashed("worker pid 1 was killed by SIGKILL"), "crash"),
+        (TaskCancelled(True), "canceled"),
+        (TaskFailed("call", ("builtins.ValueError",), "no", "File flow.py"), "exception"),
+    ],
+)
+def test_sealed_output_of_a_failed_attempt_is_deleted(harness: Harness, result: TaskResult, kind: str) -> None:
+    run(harness)
+    (said,) = harness.ends(result)
+    assert isinstance(said, ms.Failed)
+    assert said.kind == kind
+    harness.arena.delete.assert_called_once_with(OUTPUT)
+
+
+def test_no_room_to_keep_an_output(harness: Harness) -> None:
+    run(harness)
+    harness.store.adopt.side_effect = StoreFullError("/dev/shm is full")
+    (said,) = harness.ends(TaskDone(BIG, 1 << 20, None))
+    assert isinstance(said, ms.Failed)
+    assert "/dev/shm is full" in said.error[1]
+    harness.arena.delete.assert_called_once_with(OUTPUT)
+
+
+def test_newer_epoch_stops_what_runs(harness: Harness) -> None:
+    run(harness)
+    handle = harness.pool.submit.return_value
+    harness.begin(2)
+    harness.pool.cancel.assert_called_once_with(handle)
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == []
+    harness.arena.delete.assert_called_once_with(OUTPUT)
+    harness.arena.adopt.assert_not_called()
+
+
+def test_older_epoch_and_other_ranks_are_refused(harness: Harness) -> None:
+    harness.begin(2)
+    harness.said.clear()
+    harness.begin(1)
+    harness.agent.handle(3, ms.Run(1, 0, 0, []))
+    harness.agent.handle(4, ms.Run(2, 0, 0, []))
+    assert harness.said == []
+    harness.pool.submit.assert_not_called()
+
+
+def test_workflow_made_anew_begins_with_the_first_epoch_again(harness: Harness) -> None:
+    harness.agent.handle(3, ms.End(1, "SUCCESSFUL"))
+    assert harness.agent.ended == ms.End(1, "SUCCESSFUL")
+    harness.begin(1)
+    assert harness.said == [ms.Ready(1, 2), ms.Over(1), ms.Ready(1, 2)]
+
+
+def test_damaged_checkpoint_is_told(harness: Harness, tmp_path: Path) -> None:
+    place = ms.InputPlace(0, "checkpoint", 4, file="1-0.0-0.h5", entry="f", checksum="00")
+    harness.said.clear()
+    harness.agent.handle(3, ms.Run(1, 0, 0, [place]))
+    assert harness.loop.run_until(lambda: bool(harness.said), 10)
+    (said,) = harness.said
+    assert isinstance(said, ms.Corrupt)
+    assert (said.epoch, said.task, said.attempt) == (1, 0, 4)
+    assert "1-0.0-0.h5" in said.text

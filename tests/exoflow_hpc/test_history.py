@@ -1,0 +1,83 @@
+"""Tests of what the records of a journal amount to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import exoflow_hpc as ef
+from exoflow_hpc import records
+from exoflow_hpc.compile import compile_workflow
+from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.history import committed_tasks, error_of, last_end, voided_tasks
+from exoflow_hpc.rank.messages import pack_error
+from exoflow_hpc.recovery import descendants
+
+
+@ef.task
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+def spec() -> Any:
+    left, right = add.options(name="left").bind(1, 2), add.options(name="right").bind(3, 4)
+    return compile_workflow(add.options(name="top").bind(add.options(name="middle").bind(left, 0), right))
+
+
+def committed(task: str, attempt: int = 0, checksum: str = "aa") -> dict[str, Any]:
+    place = records.InCheckpoint("1-0.0-0.h5", task)
+    return records.encode(records.TaskCommitted(task, attempt, 0, place, checksum, 8, ["bytes", 8, None, None]))
+
+
+def voided(task: str, attempt: int = 0) -> dict[str, Any]:
+    return records.encode(records.TaskVoided(task, attempt, "1-0.0-0.h5 is damaged"))
+
+
+STARTED = records.encode(records.WorkflowStarted("host", 1, 0.0))
+
+
+def test_first_record_of_a_task_counts() -> None:
+    known = spec()
+    found = committed_tasks(known, [STARTED, committed("left", 1), committed("left", 2)])
+    assert {known.tasks[index].name: record.attempt for index, record in found.items()} == {"left": 1}
+    assert voided_tasks(known, [committed("left")]) == {}
+
+
+def test_void_record_counts_as_absent_until_the_next() -> None:
+    known = spec()
+    left = known.index("left")
+    history = [committed("left", checksum="aa"), committed("right"), voided("left")]
+    assert committed_tasks(known, history).keys() == {known.index("right")}
+    assert voided_tasks(known, history) == {left: "aa"}
+    history.append(committed("left", 3, checksum="bb"))
+    assert committed_tasks(known, history)[left].attempt == 3
+    assert voided_tasks(known, history) == {}
+
+
+def test_void_of_what_was_never_committed() -> None:
+    assert voided_tasks(spec(), [voided("left")]) == {}
+
+
+def test_last_end() -> None:
+    failed = records.encode(records.WorkflowFinished("FAILED", "no", pack_error(ExoFlowError("no"))))
+    assert last_end([]) is None
+    assert last_end([STARTED, failed, STARTED]) is None
+    end = last_end([STARTED, failed])
+    assert end is not None
+    assert end.status == "FAILED"
+    assert str(error_of(end)) == "no"
+
+
+@pytest.mark.parametrize("error", [b"", b"no pickle"])
+def test_error_that_cannot_be_rebuilt_has_its_text(error: bytes) -> None:
+    assert str(error_of(records.WorkflowFinished("FAILED", "task 'f' raised Odd", error))) == "task 'f' raised Odd"
+
+
+def test_descendants() -> None:
+    known = spec()
+    names = {
+        name: [known.tasks[i].name for i in descendants(known.tasks, known.index(name))]
+        for name in ("left", "right", "top")
+    }
+    assert names == {"left": ["middle", "top"], "right": ["top"], "top": []}

@@ -1,0 +1,129 @@
+"""Ranks that come later, and ranks that die while they connect."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from hoplite_mpi.testing import run_ranks
+from hoplite_mpi.transport import guard
+
+pytestmark = pytest.mark.skipif(not guard.load().loaded, reason=f"the guard is not there: {guard.load().why}")
+
+KILLED = -signal.SIGKILL
+LARGE = 100_000
+ENV = {"HOPLITE_DEFAULT_TIMEOUT": "40"}
+
+
+def _open(node: str | None) -> Any:
+    os.environ["HOPLITE_NODE"] = node or f"node{os.environ['HOPLITE_RANK']}"
+    import hoplite_mpi as hm
+
+    return hm.init()
+
+
+def _until(condition: Any, what: str, seconds: float = 30) -> None:
+    import time
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
+
+
+def _replaced(victim: int, node: str | None) -> Any:
+    """The victim is killed, and what it was to put comes from its replacement, which gets at once what is there."""
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    def name(what: object) -> Any:
+        return hm.ObjectID.from_name(f"object {what}")
+
+    rank, incarnation = int(os.environ["HOPLITE_RANK"]), int(os.environ["HOPLITE_INCARNATION"])
+    store = _open(node)
+    size = int(os.environ["HOPLITE_SIZE"])
+    others = [r for r in range(size) if r != victim]
+    heard: set[int] = set()
+    send = store.channel(90, lambda peer, message: heard.add(peer[0]))
+    if incarnation == 0:
+        store.put(b"", name(f"begun {rank}"))
+        store.wait([name(f"begun {r}") for r in range(size)], size)  # all have opened the channel
+    if rank != victim:
+        send(victim, b"a word, so that the two are connected: who is connecting to a rank that dies dies with it")
+        store.put(np.full(LARGE, rank), name(rank))
+        store.put(b"small", name(f"small {rank}"))
+    elif incarnation == 0:
+        for r in others:
+            store.get(name(r))
+        _until(lambda: heard == set(others), "not all have connected")
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        for r in others:
+            assert (store.get(name(r)) == r).all()
+            assert bytes(store.get(name(f"small {r}"))) == b"small"
+        store.put(np.full(LARGE, victim), name(victim))
+    assert (store.get(name(victim)) == victim).all()
+    sources = [name(r) for r in range(size)]
+    rid = store.reduce(sources, object_id=name("sum"))
+    assert (store.get(rid) == sum(range(size))).all()
+    members = {(m.rank, m.incarnation) for m in store.runtime.view.members.values()}
+    _until(lambda: store.located([name("sum")]), "the result is nowhere")
+    store.barrier()
+    return sorted(members)
+
+
+@pytest.mark.parametrize("node", [None, "shared"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_replacement_gets_and_puts_at_once(victim: int, node: str | None) -> None:
+    result = run_ranks(3, _replaced, (victim, node), env=ENV, respawn=True, timeout=60)
+    assert [result[rank].exitcode for rank in range(3)] == [0, 0, 0], [r.output for r in result.values()]
+    assert result[victim].incarnation == 1
+    expected = sorted((rank, int(rank == victim)) for rank in range(3))
+    assert all(result[rank].value == expected for rank in range(3))
+
+
+def _all_talk(needed: int) -> Any:
+    """Everybody gets from everybody who is a member, and from *needed* ranks at least; return from whom."""
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    store, rank = _open(None), int(os.environ["HOPLITE_RANK"])
+    store.put(np.full(LARGE, rank), hm.ObjectID.from_name(f"of {rank}"))
+    got: set[int] = set()
+
+    def all_got() -> bool:
+        for r in set(store.ranks) - got:
+            try:
+                assert (store.get(hm.ObjectID.from_name(f"of {r}"), timeout=0.2) == r).all()
+                got.add(r)
+            except hm.GetTimeoutError:  # it may have died meanwhile
+                return False
+        return len(got) >= needed
+
+    _until(all_got, "somebody's object did not come", 45)
+    store.barrier()
+    return sorted(got)
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_who_connects_dies(victim: int) -> None:
+    """Of ranks of one age the lower one accepts: it is freed from its accept, and goes on."""
+    result = run_ranks(3, _all_talk, (3,), env=ENV, kill=[(victim, "join.before_connect")], respawn=True, timeout=60)
+    assert [result[rank].exitcode for rank in range(3)] == [0, 0, 0], [r.output for r in result.values()]
+    assert [result[rank].incarnation for rank in range(3)] == [int(rank == victim) for rank in range(3)]
+
+
+def test_who_accepts_dies() -> None:
+    """Its peer is stuck in a connect that MPI does not end, and leaves after `Config.join_timeout`; the rest go on."""
+    env = ENV | {"HOPLITE_JOIN_TIMEOUT": "4"}
+    result = run_ranks(4, _all_talk, (2,), env=env, kill=[(0, "join.before_accept")], timeout=60)
+    assert result[0].exitcode == KILLED
+    codes = [result[rank].exitcode for rank in (1, 2, 3)]
+    # it may be done with everything before
+    assert codes.count(0) >= 2 and set(codes) <= {0, 70}, [r.output for r in result.values()]
+    assert all({2, 3} <= set(result[rank].value) for rank in (2, 3) if codes[rank - 1] == 0)
