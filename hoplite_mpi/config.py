@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Config:
             if getattr(self, name) < (0 if name == "inline_limit" else 1):
                 raise ValueError(f"Config.{name} = {getattr(self, name)} is out of range")
         chain = ["stall_timeout", "keepalive_timeout", "join_timeout", "evict_timeout"]
-        for inner, outer in zip(chain, chain[1:], strict=False):
+        for inner, outer in itertools.pairwise(chain):
             if not 0 < getattr(self, inner) < getattr(self, outer):
                 raise ValueError(f"Config.{inner} has to be above 0 and below {outer}")
 

@@ -26,10 +26,11 @@ from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.slots import Slots, reduce_bytes
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
-from hoplite_mpi.transport.engine import Engine, Ordered
+from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
 from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
+from hoplite_mpi.transport.primitives import Ordered
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 from hoplite_mpi.transport.transfer import Transfers
 

@@ -1,7 +1,7 @@
 """Reduce slots of this rank: output = own source (op) the outputs of the children, chunk by chunk as they arrive.
 
-A child's chunks go to private buffers, a window of them for each child; the output is kept from its beginning until the slot is stopped, so that a
-parent that has to start again can. Hoplite, SIGCOMM 2021, section 4.3.
+A child's chunks go to private buffers, a window of them for each child; the output is kept from its beginning until the slot is
+stopped, so that a parent that has to start again can. Hoplite, SIGCOMM 2021, section 4.3.
 """
 
 from __future__ import annotations

@@ -15,19 +15,19 @@ import itertools
 import logging
 import os
 import select
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from types import FrameType
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from mpi4py import MPI
 
 from hoplite_mpi.config import Config
+from hoplite_mpi.transport.interrupt import InterruptGuard
+from hoplite_mpi.transport.primitives import RequestFailedError, Task, Timer, Waiter
 
-__all__ = ["Engine", "Ordered", "RequestFailedError", "Signal", "Timer", "Waiter", "completed"]
+__all__ = ["Engine"]
 
 log = logging.getLogger("hoplite_mpi.engine")
 
@@ -43,124 +43,10 @@ _LONGEST_BLOCK = 1.0
 _SOCKET_PERIOD = 200e-6
 
 
-class RequestFailedError(Exception):
-    """An MPI request ended with an error; its cause is chained."""
-
-
-class Signal:
-    """Something coroutines wait for, again and again: ``await signal`` resumes at the next `fire`."""
-
-    __slots__ = ("_engine", "_relays", "_waiting")
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._waiting: list[_Task] = []
-        self._relays: list[Signal] = []
-
-    def relay(self, other: Signal) -> None:
-        """Fire *other* at the next `fire`, so that one can wait for several."""
-        if other not in self._relays:
-            self._relays.append(other)
-
-    def fire(self) -> None:
-        """Resume all who wait now."""
-        if self._relays:
-            relays, self._relays = self._relays, []
-            for other in relays:
-                other.fire()
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for task in waiting:
-                self._engine._ready.append((task, None, None))
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield self._waiting.append
-
-
-class Waiter:
-    """What a thread blocks on in `Engine.wait`; whatever makes its condition true calls `wake`. For one thread at a time."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def wake(self) -> None:
-        """End the block, or the next one."""
-        if self._lock.locked():
-            try:
-                self._lock.release()
-            except RuntimeError:  # somebody else was quicker
-                return
-
-    def block(self, seconds: float | None) -> None:
-        """Wait for `wake`, at most so long."""
-        self._lock.acquire(timeout=-1 if seconds is None else seconds)
-
-
-class Ordered:
-    """Callbacks that run outside of the engine's lock, one at a time and in order, whichever threads come by. They may not block."""
-
-    __slots__ = ("_engine", "_queue", "_running")
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._queue: deque[Callable[[], None]] = deque()
-        self._running = threading.Lock()
-
-    def post(self, callback: Callable[[], None]) -> None:
-        """Have *callback* run after those posted before."""
-        self._queue.append(callback)
-        self._engine.outside(self._run)
-
-    def _run(self) -> None:
-        while self._queue and self._running.acquire(blocking=False):  # who holds it takes ours, too
-            try:
-                while self._queue:
-                    self._queue.popleft()()
-            finally:
-                self._running.release()
-
-
-class Timer:
-    """A callback at a time; `cancel` it if it is no longer wanted."""
-
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class _Task:
-    """A coroutine that the engine runs."""
-
-    __slots__ = ("coroutine", "on_end")
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[BaseException | None], None] | None) -> None:
-        self.coroutine = coroutine
-        self.on_end = on_end
-
-
-class completed:  # noqa: N801  (reads as a verb: ``await completed(engine, request)``)
-    """Await an MPI request; RequestFailedError if it fails."""
-
-    __slots__ = ("_engine", "_request")
-
-    def __init__(self, engine: Engine, request: MPI.Request) -> None:
-        self._engine = engine
-        self._request = request
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        engine = self._engine
-
-        def park(task: _Task) -> None:
-            engine.watch(self._request, lambda error: engine._ready.append((task, None, error)))
-
-        yield park
+def _shorten_naps() -> None:
+    """Let this thread's naps end when they are over, and not up to 50 µs later (the kernel's default timer slack)."""
+    pr_set_timerslack = 29
+    ctypes.CDLL(None).prctl(pr_set_timerslack, 1000, 0, 0, 0)
 
 
 class Engine:
@@ -176,7 +62,7 @@ class Engine:
         #: those of `_requests` whose completion needs our polling (not the receives that wait for what may never come)
         self._pending = 0
         self._passive: set[int] = set()
-        self._ready: deque[tuple[_Task, Any, BaseException | None]] = deque()
+        self._ready: deque[tuple[Task, BaseException | None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._serial = itertools.count()
         self._epoll = select.epoll()
@@ -187,8 +73,6 @@ class Engine:
         self._after: deque[Callable[[], None]] = deque()
         #: asked before the engine blocks; a False keeps it polling
         self.may_sleep: Callable[[], bool] = lambda: True
-        #: told when the engine has been awake again
-        self.on_wake: Callable[[], None] = lambda: None
         self._blocked = False
         self._waiters = 0
         self._steered = 0
@@ -198,7 +82,7 @@ class Engine:
         #: the error that broke the engine; every later wait raises it
         self.failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._guard = _InterruptGuard()
+        self._guard = InterruptGuard()
         self._main_thread = threading.main_thread().ident
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -244,7 +128,11 @@ class Engine:
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[BaseException | None], None] | None = None) -> None:
         """Run a coroutine; *on_end(error or None)* is called when it has ended."""
-        self._ready.append((_Task(coroutine, on_end), None, None))
+        self._ready.append((Task(coroutine, on_end), None))
+
+    def resume(self, task: Task, error: BaseException | None = None) -> None:
+        """Let a coroutine go on, with *error* raised in it if there is one; for what it awaits."""
+        self._ready.append((task, error))
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call *callback* after so many seconds, unless the timer is cancelled."""
@@ -413,7 +301,6 @@ class Engine:
         finally:
             self._blocked = False
         with self.lock:
-            self.on_wake()
             self._handle_sockets(events)
             self._run_ready()
         self._run_outside()
@@ -484,9 +371,9 @@ class Engine:
     def _run_ready(self) -> None:
         ready = self._ready
         while ready:
-            task, value, error = ready.popleft()
+            task, error = ready.popleft()
             try:
-                park = task.coroutine.send(value) if error is None else task.coroutine.throw(error)
+                park = task.coroutine.send(None) if error is None else task.coroutine.throw(error)
             except StopIteration:
                 if task.on_end is not None:
                     task.on_end(None)
@@ -525,43 +412,3 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
             self.failure = error
-
-
-def _shorten_naps() -> None:
-    """Let this thread's naps end when they are over, and not up to 50 µs later (the kernel's default timer slack)."""
-    pr_set_timerslack = 29
-    ctypes.CDLL(None).prctl(pr_set_timerslack, 1000, 0, 0, 0)
-
-
-class _InterruptGuard:
-    """Keeps Ctrl-C out of the engine while the main thread drives it: a KeyboardInterrupt in the middle of a step would tear its state."""
-
-    def __init__(self) -> None:
-        #: the main thread drives the engine now
-        self.driving = False
-        self.pending = False
-        self._previous: Any = None
-        main = threading.current_thread() is threading.main_thread()
-        self._installed = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._installed:
-            signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.driving:
-            self.pending = True
-        else:
-            signal.default_int_handler(number, frame)
-
-    def leave(self) -> None:
-        """End driving; raises the KeyboardInterrupt that came meanwhile."""
-        self.driving = False
-        if self.pending:
-            self.pending = False
-            raise KeyboardInterrupt
-
-    def remove(self) -> None:
-        """Give the signal back, if it still is ours to give."""
-        if self._installed and threading.current_thread() is threading.main_thread():
-            self._installed = False
-            if signal.getsignal(signal.SIGINT) == self._handle:
-                signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 
-__all__ = ["AWAKE", "ASLEEP", "CONTROL_SLOT", "Fabric", "Link", "RING"]
+__all__ = ["ASLEEP", "AWAKE", "CONTROL_SLOT", "RING", "Fabric", "Link"]
 
 log = logging.getLogger("hoplite_mpi.fabric")
 

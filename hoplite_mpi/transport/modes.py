@@ -17,7 +17,11 @@ _SHARED_MEMORY = re.compile(r"(?<!\^)\b(posix|sysv|cma|knem|xpmem|mm|shm|sm|all)
 
 @dataclass(frozen=True)
 class FaultMode:
-    """``federated``: the rest go on when a rank or node dies, and new processes can join. ``restart``: the step ends, and is started again."""
+    """What a run survives.
+
+    ``federated``: the rest go on when a rank or node dies, and new processes can join. ``restart``: the step ends, and is
+    started again.
+    """
 
     name: str
     why: str

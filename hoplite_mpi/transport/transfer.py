@@ -1,11 +1,11 @@
 """Transfers: the bytes of a stream, chunk by chunk, from a process that has or gets them to one that asked.
 
-Receiver-driven: the receiver posts its first receives, then asks for (key, offset) by control message; the sender sends each chunk as soon as its
-own copy has it. When a transfer is given up while both live, the sender says how many chunks it had posted, so that the
-receiver can take exactly those and nothing is left under way.
+Receiver-driven: the receiver posts its first receives, then asks for (key, offset) by control message; the sender sends each
+chunk as soon as its own copy has it. When a transfer is given up while both live, the sender says how many chunks it had
+posted, so that the receiver can take exactly those and nothing is left under way.
 
-Who owns a buffer: only an unmatched receive can be cancelled. A matched one from a peer that has died or stopped may go on writing, so its
-region is quarantined and the prefix that had arrived moves to a new one (`Sink.on_quarantine`).
+Who owns a buffer: only an unmatched receive can be cancelled. A matched one from a peer that has died or stopped may go on
+writing, so its region is quarantined and the prefix that had arrived moves to a new one (*tainted* in `Incoming.on_end`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import msgpack
 from mpi4py import MPI
 
 from hoplite_mpi.testing import fault
-from hoplite_mpi.transport.engine import Engine, Signal, Timer
+from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric, Link
+from hoplite_mpi.transport.primitives import Signal, Timer
 from hoplite_mpi.transport.sidechannel import PeerKey
 
 __all__ = ["REFUSE", "Incoming", "Stream", "Transfers"]

@@ -15,7 +15,8 @@ import pytest
 from mpi4py import MPI
 
 from hoplite_mpi.config import Config
-from hoplite_mpi.transport.engine import Engine, Signal, completed
+from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.primitives import Signal, completed
 
 
 @pytest.fixture
