@@ -42,6 +42,8 @@ log = logging.getLogger("hoplite_mpi")
 _MEMBERSHIP = 20
 #: channels of control messages
 _PROTOCOL, _TRANSFER, _FIRST_USER_CHANNEL = 0, 1, 16
+#: messages kept for a channel that is not open yet
+_MAX_UNCLAIMED = 10_000
 #: seconds between looks at the rendezvous directory while joining
 _JOIN_PERIOD = 0.05
 
@@ -80,7 +82,9 @@ class Runtime:
         self.view: View | None = None
         #: told each new view, outside of the engine's lock
         self.view_listeners: list[Callable[[View, tuple[Member, ...]], None]] = []
-        self.channels: dict[int, Callable[[PeerKey, bytes], None]] = {}
+        self._channels: dict[int, Callable[[PeerKey, bytes], None]] = {}
+        #: messages on channels that are not open here yet: the other rank may be quicker
+        self._unclaimed: dict[int, list[tuple[PeerKey, bytes]]] = {}
         #: told the protocol's answers: Deliver, Available, Fail, Stored, Locations
         self.on_answer: Callable[[ev.Instruction], None] = lambda answer: None
         self.on_no_memory: Callable[[ObjectID, StoreFullError], None] = lambda oid, error: None
@@ -175,6 +179,16 @@ class Runtime:
 
     # -- messages of users of the store ------------------------------------------------------------------------------------------
 
+    def open_channel(self, channel: int, receiver: Callable[[PeerKey, bytes], None]) -> None:
+        """Give messages on a channel to *receiver*, those first that have come already. Any thread."""
+
+        def begin() -> None:
+            self._channels[channel] = receiver
+            for peer, payload in self._unclaimed.pop(channel, ()):
+                self._channel_message(peer, channel, payload)
+
+        self.engine.run(begin)
+
     def send(self, rank: int, channel: int, payload: bytes) -> bool:
         """Send bytes to a member; return whether it is one. Any thread."""
 
@@ -184,7 +198,7 @@ class Runtime:
                 return False
             peer = (member.rank, member.incarnation)
             if peer == self.me:
-                self._ordered.post(lambda: self.channels[channel](peer, payload))
+                self._channel_message(peer, channel, payload)
             else:
                 self.fabric.send(peer, _FIRST_USER_CHANNEL + channel, payload)
             return True
@@ -258,11 +272,18 @@ class Runtime:
         elif channel == _PROTOCOL:
             self.handle(ev.MessageReceived(peer[0], wire.decode(payload)))
         else:
-            receiver = self.channels.get(channel - _FIRST_USER_CHANNEL)
-            if receiver is None:
-                log.warning("rank %d sent a message on channel %d, where nobody listens", peer[0], channel)
-                return
+            self._channel_message(peer, channel - _FIRST_USER_CHANNEL, payload)
+
+    def _channel_message(self, peer: PeerKey, channel: int, payload: bytes) -> None:
+        receiver = self._channels.get(channel)
+        if receiver is not None:
             self._ordered.post(lambda: receiver(peer, payload))
+            return
+        waiting = self._unclaimed.setdefault(channel, [])
+        if len(waiting) < _MAX_UNCLAIMED:
+            waiting.append((peer, payload))
+        else:
+            log.error("a message of rank %d on channel %d is lost: %d wait, and nobody listens", peer[0], channel, len(waiting))
 
     def _side_up(self, peer: PeerKey) -> None:
         self._redialed.discard(peer)

@@ -194,7 +194,7 @@ class ObjectStore:
 
         Messages of one rank to another arrive in order; *receive* is told ((rank, incarnation), bytes), and has to be short.
         """
-        self._runtime.channels[number] = receive
+        self._runtime.open_channel(number, receive)
         return lambda rank, payload: self._runtime.send(rank, number, payload)
 
     def on_view(self, listener: Callable[[View, tuple[Member, ...]], None]) -> View:

@@ -208,4 +208,4 @@ def test_two_deaths_in_the_middle_of_everything() -> None:
     kill = [(1, f"transfer.chunk_sent@{CHUNKS}"), (3, f"transfer.chunk_received@{CHUNKS + 3}")]
     result = run_ranks(5, _many_deaths, env=ENV, kill=kill, timeout=60)
     assert [result[rank].exitcode for rank in range(5)] == [0, KILLED, 0, KILLED, 0], result[0].output
-    assert len({tuple(result[rank].value) for rank in (0, 2, 4)}) == 1
+    assert all({0, 2, 4} <= set(result[rank].value) for rank in (0, 2, 4))

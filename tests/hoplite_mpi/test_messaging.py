@@ -35,6 +35,29 @@ def test_messages_arrive_whole_and_in_order(size: int) -> None:
     ), results
 
 
+def _talk_early() -> Any:
+    """Rank 1 opens its mailbox only when rank 0 has sent everything."""
+    import hoplite_mpi as hm
+
+    with hm.init() as store:
+        if store.rank == 0:
+            box = hm.Mailbox(store, 3)
+            for number in range(5):
+                box.send(1, bytes([number]))
+        store.barrier()
+        got = []
+        if store.rank == 1:
+            box = hm.Mailbox(store, 3)
+            got = [box.receive(20)[1][0] for _ in range(5)]
+        store.barrier()
+        return got
+
+
+def test_messages_wait_for_a_mailbox_that_is_opened_late() -> None:
+    results = run_ranks(2, _talk_early, timeout=60)
+    assert results[1].value == [0, 1, 2, 3, 4], results[1].output
+
+
 def _talk_to_myself() -> Any:
     import hoplite_mpi as hm
 
