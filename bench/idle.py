@@ -1,6 +1,6 @@
 """What an idle rank costs: processor time of each of four ranks that wait, with the objects and links of a used store.
 
-    python bench/idle.py [SECONDS]
+python bench/idle.py [SECONDS]
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ def main() -> None:
     for _ in range(TURNS):
         store.barrier()
         time.sleep(0.01)  # both progress threads block now and leave MPI alone
-        raw.append(per_round_trip(first, lambda: comm.Send(buffer, link.dest, 9), lambda: comm.Recv(buffer, link.dest, 9)))
+        raw.append(
+            per_round_trip(first, lambda: comm.Send(buffer, link.dest, 9), lambda: comm.Recv(buffer, link.dest, 9))
+        )
         store.barrier()
         ours.append(per_round_trip(first, lambda: box.send(other, PAYLOAD), box.receive))
     for _ in range(ASLEEP):

@@ -86,7 +86,9 @@ class Config:
             try:
                 changes[field.name] = None if text.lower() == "none" else kind(text)
             except ValueError:
-                raise ValueError(f"HOPLITE_{field.name.upper()}={text!r} in the environment is not a {kind.__name__}") from None
+                raise ValueError(
+                    f"HOPLITE_{field.name.upper()}={text!r} in the environment is not a {kind.__name__}"
+                ) from None
         return dataclasses.replace(base, **changes)
 
     def deadline(self, timeout: Any) -> float | None:

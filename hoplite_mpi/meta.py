@@ -26,7 +26,9 @@ class Meta:
     def of_array(cls, array: np.ndarray[Any, Any]) -> Meta:
         """Return the meta of an array; TypeError if its dtype holds Python objects."""
         if array.dtype.hasobject:
-            raise TypeError(f"an array of dtype {array.dtype} holds Python objects: pickle it and put the bytes instead")
+            raise TypeError(
+                f"an array of dtype {array.dtype} holds Python objects: pickle it and put the bytes instead"
+            )
         return cls("ndarray", array.nbytes, array.dtype, array.shape)
 
     @classmethod

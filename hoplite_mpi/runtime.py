@@ -57,7 +57,12 @@ class Runtime:
         self.me: PeerKey = (place.rank, place.incarnation)
         self.engine = Engine(config)
         self.side = SideChannel(
-            self.engine, self.me, place.secret, on_up=self._side_up, on_down=self._side_down, on_message=self._side_message
+            self.engine,
+            self.me,
+            place.secret,
+            on_up=self._side_up,
+            on_down=self._side_down,
+            on_message=self._side_message,
         )
         self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
         self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
@@ -283,7 +288,12 @@ class Runtime:
         if len(waiting) < _MAX_UNCLAIMED:
             waiting.append((peer, payload))
         else:
-            log.error("a message of rank %d on channel %d is lost: %d wait, and nobody listens", peer[0], channel, len(waiting))
+            log.error(
+                "a message of rank %d on channel %d is lost: %d wait, and nobody listens",
+                peer[0],
+                channel,
+                len(waiting),
+            )
 
     def _side_up(self, peer: PeerKey) -> None:
         self._redialed.discard(peer)

@@ -453,7 +453,9 @@ class ObjectStore:
             case ev.Available():
                 self._resolve_all(self._watchers.pop(what.oid, []), what.sources)
             case ev.Locations():
-                self._resolve_all([self._queries[what.request_id]] if what.request_id in self._queries else [], what.oids)
+                self._resolve_all(
+                    [self._queries[what.request_id]] if what.request_id in self._queries else [], what.oids
+                )
             case ev.Fail():
                 error = _ERRORS[what.kind](what.text)
                 waiting = self._putters.pop(what.oid, [])

@@ -108,7 +108,9 @@ class Engine:
 
     # -- for the coroutines and the drivers, under the lock ------------------------------------------------------------------
 
-    def watch(self, request: MPI.Request, callback: Callable[[BaseException | None], None], passive: bool = False) -> None:
+    def watch(
+        self, request: MPI.Request, callback: Callable[[BaseException | None], None], passive: bool = False
+    ) -> None:
         """Call *callback(error or None)* when the request has ended. *passive*: don't poll hard for it."""
         if passive:
             self._passive.add(id(callback))
@@ -126,7 +128,9 @@ class Engine:
                 return request
         return None
 
-    def spawn(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[BaseException | None], None] | None = None) -> None:
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[BaseException | None], None] | None = None
+    ) -> None:
         """Run a coroutine; *on_end(error or None)* is called when it has ended."""
         self._ready.append((Task(coroutine, on_end), None))
 

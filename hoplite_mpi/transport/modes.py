@@ -42,13 +42,17 @@ def find_mode(one_by_one: bool) -> FaultMode:
             "for ranks that survive one another install the extra `mpich`",
         )
     if not library.startswith("MPICH"):
-        return FaultMode("restart", f"{library.split(',')[0].splitlines()[0]} is not known to survive the death of a rank")
+        return FaultMode(
+            "restart", f"{library.split(',')[0].splitlines()[0]} is not known to survive the death of a rank"
+        )
     netmod = os.environ.get("MPIR_CVAR_CH4_NETMOD", "")
     if "ucx" not in library or netmod not in ("", "ucx"):
         return FaultMode("restart", "MPICH without the UCX netmod aborts the others when a rank dies")
     state = guard.load()
     if not state.loaded:
-        return FaultMode("restart", f"the guard is not there ({state.why})", "install a C compiler and reinstall exoflow-hpc")
+        return FaultMode(
+            "restart", f"the guard is not there ({state.why})", "install a C compiler and reinstall exoflow-hpc"
+        )
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         return FaultMode("restart", "MPI was initialised without MPI_THREAD_MULTIPLE", "let mpi4py initialise MPI")
     tls = os.environ.get("UCX_TLS", "")

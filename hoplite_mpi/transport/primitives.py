@@ -112,7 +112,9 @@ class Task:
 
     __slots__ = ("coroutine", "on_end")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[BaseException | None], None] | None) -> None:
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[BaseException | None], None] | None
+    ) -> None:
         self.coroutine = coroutine
         self.on_end = on_end
 

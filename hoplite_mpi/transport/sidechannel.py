@@ -166,7 +166,9 @@ class SideChannel:
     def _register(self, connection: _Connection, events: int) -> None:
         fd = connection.sock.fileno()
         self._connections[fd] = connection
-        connection.deadline = self._engine.after(self._engine.config.join_timeout, lambda: self._lost(connection, "silence"))
+        connection.deadline = self._engine.after(
+            self._engine.config.join_timeout, lambda: self._lost(connection, "silence")
+        )
         self._engine.add_socket(fd, lambda mask: self._ready(connection, mask), events)
 
     def _accept(self, mask: int) -> None:

@@ -30,7 +30,9 @@ def test_every_limit_above_the_process_counts(tmp_path: Path) -> None:
 def test_first_version_of_control_groups(tmp_path: Path) -> None:
     group(
         tmp_path / "memory" / "job",
-        memory_limit_in_bytes=GIB, memory_usage_in_bytes=2 * GIB, memory_stat="inactive_file 0",
+        memory_limit_in_bytes=GIB,
+        memory_usage_in_bytes=2 * GIB,
+        memory_stat="inactive_file 0",
     )
     (tmp_path / "own").write_text("5:devices:/\n4:cpu,memory:/job\n")
     assert [limit[0] for limit in _room._control_groups(str(tmp_path), str(tmp_path / "own"))] == [0]
