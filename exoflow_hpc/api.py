@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from exoflow_hpc import history, journal, local, records, summary
 from exoflow_hpc.compile import compile_workflow
+from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import (
     CorruptCheckpointError,
     ExoFlowError,
@@ -25,7 +26,7 @@ from exoflow_hpc.errors import (
 )
 from exoflow_hpc.heartbeat import watch
 from exoflow_hpc.history import Status
-from exoflow_hpc.outcome import Ended
+from exoflow_hpc.outcome import REFUSED, Ended
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
 
@@ -145,7 +146,10 @@ def execute(place: Storage, workflow_id: str, ranks: int | None, *, quiet: bool)
     count = local.default_ranks() if ranks is None else ranks
     if count < 1:
         raise ValueError(f"ranks is {count}; at least 1 is needed")
-    return local.run_local(workflow_id, place.path, count, quiet=quiet)
+    result = local.run_local(workflow_id, place.path, count, quiet=quiet)
+    if result["status"] == REFUSED:  # what was looked at above has changed since
+        raise ExoFlowError(result["error"])
+    return result
 
 
 def _value(place: Storage, result: Mapping[str, Any]) -> Any:
@@ -284,20 +288,22 @@ def cancel(workflow_id: str, storage: str | os.PathLike[str] | None = None, time
     """Cancel a workflow; returns when it has stopped. ExoFlowError if it has ended already, or did not stop in time."""
     place = Storage.locate(storage, create=False)
     directory = place.directory(workflow_id)
-    status, _ = history.status_of(directory)
-    if status in Status.FINAL:
-        raise ExoFlowError(f"workflow {workflow_id!r} has ended already: it is {status}")
-    if status == Status.RESUMABLE:
-        held, _ = journal.Journal.open(directory)
-        with held:
-            held.append(records.encode(records.WorkflowFinished(Status.CANCELED))).result()
-        return
-    (directory / "cancel").touch()
     deadline = time.monotonic() + timeout
-    while history.last_end(journal.read(directory).records) is None:
+    asked = False
+    while (status := history.status_of(directory)[0]) not in Status.FINAL:
+        if status == Status.RESUMABLE:  # whoever was asked may have died meanwhile
+            held, _ = journal.Journal.open(directory)
+            with held:
+                held.append(records.encode(records.WorkflowFinished(Status.CANCELED))).result()
+            return
         if time.monotonic() > deadline:
-            raise ExoFlowError(f"workflow {workflow_id!r} did not stop within {timeout:g} s: it is asked to, and will")
+            raise ExoFlowError(f"workflow {workflow_id!r} did not stop within {timeout:g} s, though it runs: try again")
+        with storage_errors("ask to cancel", directory):
+            (directory / "cancel").touch()
+        asked = True
         time.sleep(0.1)
+    if not (asked and status == Status.CANCELED):
+        raise ExoFlowError(f"workflow {workflow_id!r} has ended already: it is {status}")
 
 
 def delete(workflow_id: str, storage: str | os.PathLike[str] | None = None) -> None:

@@ -50,9 +50,16 @@ class TaskContext:
         if self.report is None or (fraction < 1.0 and now - self._reported < self.progress_interval):
             return
         self._reported = now
-        self.report(fraction, text)
+        self.report(fraction, _one_line(str(text)))
 
 
+def _one_line(text: str) -> str:
+    """Return *text* as a terminal and a message can take it: without line ends, escape sequences and lone surrogates."""
+    return "".join(one if one.isprintable() else " " for one in text[:_MAX_TEXT])
+
+
+#: characters of a text that go to the terminal
+_MAX_TEXT = 200
 _current: ContextVar[TaskContext | None] = ContextVar("exoflow_hpc_task", default=None)
 #: contexts that are active in this process: threads that a task starts do not inherit the context variable
 _active: list[TaskContext] = []

@@ -268,9 +268,11 @@ def reduce(nodes: Iterable[StepNode], op: Any = "sum", name: str | None = None, 
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """Return a name for a task that runs *function*."""
+    """Return a name for a task that runs *function*: one that `check_name` takes."""
     name = getattr(function, "__name__", None) or type(getattr(function, "func", function)).__name__
-    return str(name).strip("<>")
+    plain = "".join("_" if one.isspace() or one == "/" or not one.isprintable() else one for one in str(name))
+    plain = plain[:200].strip("<>")
+    return "task" if plain in ("", ".", "..") else plain
 
 
 def require_step(node: Any, what: str) -> StepNode:

@@ -88,7 +88,8 @@ def _run_once(workflow_id: str, storage: Path, ranks: int, quiet: bool) -> tuple
     if sys.stderr.isatty():
         argv.append("--terminal")
     respawned = dict.fromkeys(range(ranks), 0)
-    with LocalRanks(ranks, argv) as local:
+    # what ranks and mpiexec print goes to stderr: stdout is the program's own
+    with LocalRanks(ranks, argv, stdout=2) as local:
         outcome = local.rendezvous / OUTCOME
         while (codes := local.poll())[0] is None:
             for rank, code in codes.items():

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.scheduler_events import Counters
 
-__all__ = ["Ended", "Outcome"]
+__all__ = ["REFUSED", "Ended", "Outcome"]
+
+#: status of a run that was not begun; no state of a workflow
+REFUSED = "REFUSED"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended, as each rank knows it. status: a state of the workflow, or ``"REFUSED"``: it was not begun."""
+    """How a run ended, as each rank knows it. status: a state of the workflow, or `REFUSED`."""
 
     workflow_id: str
     status: str

@@ -36,7 +36,7 @@ from .task_table import Held, TaskState, TaskTable
 
 __all__ = ["Scheduler", "TaskState"]
 
-_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "canceled")
+_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled")
 
 
 class Scheduler:
@@ -182,7 +182,7 @@ class Scheduler:
             raise ValueError(f"TaskFailed of kind {event.kind!r}: {self.story(task)}")
         if not (self._ranks.end(task, event.attempt) and self._is_current(task, event.attempt)):
             return
-        if event.kind in ("rank-lost", "lost-input"):
+        if event.kind in ("rank-lost", "lost-input", "storage"):
             self._count_loss(task, event.kind, event.error)
             self._lose(event.missing)
             return
@@ -251,7 +251,8 @@ class Scheduler:
     def _count_loss(self, task: int, kind: str, error: Any) -> None:
         self._losses[task] = self._losses.get(task, 0) + 1
         if self._losses[task] > self._settings.max_rank_losses:
-            self._end(Finish("FAILED", task, kind, error))
+            # what is stored may be readable again later, so a storage that isn't there fails no workflow
+            self._end(Finish("RESUMABLE" if kind == "storage" else "FAILED", task, kind, error))
         else:
             self._table.requeue(task)
 

@@ -68,8 +68,8 @@ class TaskFailed:
     """An attempt ended without an output. Each ends in exactly one `TaskFinished` or `TaskFailed`, or with its rank.
 
     kind: ``"exception"`` (the function raised), ``"crash"`` (its worker died), ``"rank-lost"`` (its rank did),
-    ``"lost-input"``
-    (an input could not be had: *missing* names it, as (task, attempt)), ``"canceled"`` (as told by `CancelAttempt`).
+    ``"lost-input"`` (an input could not be had: *missing* names it, as (task, attempt)), ``"storage"`` (an input could
+    not be read from the storage, though it may be whole), ``"canceled"`` (as told by `CancelAttempt`).
     retryable: for an exception, whether it is of the task's `retry_exceptions`.
     """
 

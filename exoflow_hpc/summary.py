@@ -16,9 +16,12 @@ from exoflow_hpc.storage import Storage
 
 __all__ = ["jsonable", "of_finished", "output_value", "summarize", "text"]
 
+#: characters of the repr() of an output that is not JSON; all of it is there for `get_output`
+MAX_REPR = 10_000
+
 
 def summarize(storage: Storage, ended: Ended) -> dict[str, Any]:
-    """Return what ``--json`` prints of a run, with the output's value where JSON can hold it, else its repr."""
+    """Return what ``--json`` prints of a run, with the output's value where JSON can hold it, else its repr, cut in the middle if long."""
     outcome = ended.outcome
     result: dict[str, Any] = {
         "workflow_id": ended.workflow_id,
@@ -90,15 +93,29 @@ def output_value(storage: Storage, workflow_id: str, task: str | None = None) ->
 def jsonable(value: Any) -> Any:
     """Return *value* if JSON can hold it, NumPy scalars as numbers, anything else as its repr."""
     try:
-        return json.loads(json.dumps(value, default=_number))
-    except (TypeError, ValueError):
-        return repr(value)
+        return json.loads(json.dumps(value, default=_number, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return _cut(_repr(value))
 
 
 def text(value: Any) -> str:
     """Return *value* as the command line prints it: JSON where that can hold it, else its repr."""
     plain = jsonable(value)
     return plain if isinstance(plain, str) else json.dumps(plain, indent=2)
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception as error:  # a user's __repr__
+        return f"<{type(value).__name__}: repr() of it raised {type(error).__name__}>"
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_REPR:
+        return text
+    half = MAX_REPR // 2
+    return f"{text[:half]} … {len(text) - 2 * half} characters left out … {text[-half:]}"
 
 
 def _number(value: Any) -> Any:

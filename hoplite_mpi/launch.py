@@ -27,7 +27,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-__all__ = ["CommandPrefix", "LaunchError", "LocalRanks", "find_mpiexec", "kill_run", "processes_of_run", "spawn_tied"]
+__all__ = [
+    "REPLACE_ME",
+    "CommandPrefix",
+    "LaunchError",
+    "LocalRanks",
+    "find_mpiexec",
+    "kill_run",
+    "processes_of_run",
+    "spawn_tied",
+]
+
+#: exit code of a rank that can't go on, though a replacement could
+REPLACE_ME = 70
 
 #: marks a rendezvous directory as that of a live launcher: it holds a lock on this file, which no child inherits
 _LOCK = "launcher.lock"
@@ -193,7 +205,8 @@ class LocalRanks:
 
     size: number of ranks; argv: arguments of this Python interpreter, the same for every rank; env: more environment,
     for every rank, or by `rank_env` for one of them; output: directory for one file per rank (default: the launcher's
-    own stdout and stderr); hosts: where each rank runs (default: here).
+    own stdout and stderr); stdout: file descriptor for what ranks and mpiexec print there (default: the launcher's own
+    stdout; of no effect with *output*); hosts: where each rank runs (default: here).
 
     Environment of a rank: ``HOPLITE_RENDEZVOUS`` (mode 0700, on this machine), ``HOPLITE_RUN``, ``HOPLITE_RANK``,
     ``HOPLITE_SIZE``, ``HOPLITE_INCARNATION``. LaunchError if there is no mpiexec.
@@ -207,6 +220,7 @@ class LocalRanks:
         env: Mapping[str, str] | None = None,
         rank_env: Mapping[int, Mapping[str, str]] | None = None,
         output: Path | None = None,
+        stdout: int | None = None,
         hosts: CommandPrefix | None = None,
         cwd: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -215,6 +229,7 @@ class LocalRanks:
         self.size = size
         self.run = secrets.token_hex(8)
         self.output = output
+        self._stdout = stdout
         self._argv = list(argv)
         self._env = dict(env or {})
         self._rank_env = {rank: dict(more) for rank, more in (rank_env or {}).items()}
@@ -270,7 +285,7 @@ class LocalRanks:
                 env=environment,
                 cwd=self._cwd,
                 stdin=subprocess.DEVNULL,
-                stdout=target,
+                stdout=target or self._stdout,
                 stderr=subprocess.STDOUT if target else None,
             )
         finally:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from hoplite_mpi.errors import StoreFullError
+from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Arena, Pinned, Region
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
 from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
+from hoplite_mpi.values import equal
 
 __all__ = ["Copy", "Objects", "Ready", "object_key"]
 
@@ -42,7 +44,16 @@ class Copy:
     #: the sealed bytes
     pinned: Pinned | None = None
     #: attempt → transfer under way
-    incoming: dict[int, Incoming] | None = None
+    incoming: dict[int, Incoming] = field(default_factory=dict)
+    #: new memory is being got for it: until then it may not be received into
+    reserving: bool = False
+    #: the transfer to be started then
+    waiting: ev.StartTransfer | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no memory yet."""
+        return self.reserving and self.region is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +77,15 @@ class Objects:
         fabric: Fabric,
         transfers: Transfers,
         arena: Arena,
+        reserver: Reserver,
         handle: Callable[[ev.Event], None],
-        out_of_memory: Callable[[ObjectID, StoreFullError], None],
+        out_of_memory: Callable[[ObjectID, HopliteError], None],
     ) -> None:
         self._engine = engine
         self._fabric = fabric
         self._transfers = transfers
         self._arena = arena
+        self._reserver = reserver
         self._handle = handle
         #: told when there is no room to receive an object
         self._out_of_memory = out_of_memory
@@ -90,7 +103,7 @@ class Objects:
         oid = ObjectID(raw)
         copy = self._copies.get(oid)
         if copy is not None and copy.version == version:
-            return copy.stream
+            return None if copy.empty else copy.stream
         if (copy is not None and copy.version > version) or self._dropped.get(oid, -1) >= version:
             return REFUSE
         return None
@@ -110,7 +123,7 @@ class Objects:
     def stream(self, oid: ObjectID) -> Stream | None:
         """Return the stream of the copy that is here."""
         copy = self._copies.get(oid)
-        return None if copy is None else copy.stream
+        return None if copy is None or copy.empty else copy.stream
 
     def publish(self, oid: ObjectID, version: int, meta: Meta, stream: Stream) -> None:
         """Offer the growing output of a reduce's root as a partial copy."""
@@ -118,11 +131,10 @@ class Objects:
         self._copies[oid] = Copy(oid, version, meta, stream)
         self._transfers.appeared.fire()
 
-    def root_done(self, oid: ObjectID, version: int, region: Region) -> None:
-        """Seal the output of a reduce's root: it is a complete copy now."""
-        copy = self._copies[oid]
-        copy.pinned = self._seal(oid, version, region)
-        copy.stream.keep = copy.pinned
+    def root_done(self, oid: ObjectID, version: int, region: Region) -> bool:
+        """Seal the output of a reduce's root; return whether it is a complete copy now, and not deleted meanwhile."""
+        copy = self._copies.get(oid)
+        return copy is not None and copy.version == version and self._sealed(copy, region)
 
     # -- instructions --------------------------------------------------------------------------------------------------------
 
@@ -130,63 +142,97 @@ class Objects:
         copy = self._copies.get(what.oid)
         if copy is None or copy.version != what.version:
             self._drop_other(what.oid, what.version)
-            try:
-                region = self._arena.allocate(what.oid, what.meta, what.version)
-            except StoreFullError as error:
-                self._out_of_memory(what.oid, error)
-                self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
-                return
-            stream = Stream(self._engine, object_key(what.oid, what.version), memoryview(region.data), keep=region)
-            copy = Copy(what.oid, what.version, what.meta, stream, region=region)
-            self._copies[what.oid] = copy
-            self._transfers.appeared.fire()
-        link = self._fabric.link((what.sender, what.sender_incarnation))
-        here = copy
+            stream = Stream(self._engine, object_key(what.oid, what.version), memoryview(b""))
+            copy = self._copies[what.oid] = Copy(what.oid, what.version, what.meta, stream)
+            self._reserve(copy)
+        if copy.reserving:
+            copy.waiting = what
+        elif self._copies.get(what.oid) is copy:
+            self._pull(copy, what)
+        else:  # there was no room
+            self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
 
+    def _reserve(self, copy: Copy, failed: ev.StartTransfer | None = None) -> None:
+        """Get memory for a copy; *failed*: in place of what it has, since MPI may still write there for that transfer."""
+        copy.reserving = True
+        old, valid = copy.region, copy.stream.data[: copy.stream.progress]
+
+        def work() -> Region:
+            region = self._arena.allocate(copy.oid, copy.meta, copy.version)
+            region.data[: len(valid)] = valid
+            return region
+
+        def then(region: Region | HopliteError) -> None:
+            copy.reserving = False
+            what, copy.waiting = copy.waiting, None
+            if self._copies.get(copy.oid) is not copy:
+                if isinstance(region, Region):
+                    region.abandon()
+                return
+            if isinstance(region, HopliteError):
+                self._forget(copy)
+                self._out_of_memory(copy.oid, region)
+            else:
+                if old is not None:
+                    old.abandon()  # its memory is free when the last receive into it has ended
+                copy.region = copy.stream.keep = region
+                copy.stream.data = memoryview(region.data)
+                self._transfers.appeared.fire()
+            if failed is not None:
+                self._handle(ev.TransferFailed(failed.oid, failed.version, failed.attempt))
+            if what is not None and self._copies.get(copy.oid) is copy:
+                self._pull(copy, what)
+            elif what is not None:
+                self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+
+        self._reserver.get(copy.meta.nbytes, work, then)
+
+    def _pull(self, copy: Copy, what: ev.StartTransfer) -> None:
         def buffer_of(start: int, stop: int) -> memoryview:
-            return here.stream.data[start:stop]
+            return copy.stream.data[start:stop]
 
         def ended(reason: str | None, tainted: bool) -> None:
-            self._transfer_ended(here, what, reason, tainted)
+            self._transfer_ended(copy, what, reason, tainted)
 
-        chunk = self._engine.config.chunk_size
-        incoming = self._transfers.pull(
-            link, copy.stream.key, copy.stream.progress, copy.meta.nbytes, chunk, buffer_of, copy.stream.advance, ended
+        copy.incoming[what.attempt] = self._transfers.pull(
+            self._fabric.link((what.sender, what.sender_incarnation)),
+            copy.stream.key,
+            copy.stream.progress,
+            copy.meta.nbytes,
+            self._engine.config.chunk_size,
+            buffer_of,
+            copy.stream.advance,
+            ended,
         )
-        if copy.incoming is None:
-            copy.incoming = {}
-        copy.incoming[what.attempt] = incoming
 
     def _transfer_ended(self, copy: Copy, what: ev.StartTransfer, reason: str | None, tainted: bool) -> None:
-        if copy.incoming is not None:
-            copy.incoming.pop(what.attempt, None)
+        incoming = copy.incoming.pop(what.attempt, None)
         if self._copies.get(copy.oid) is not copy:
             return
         if reason is None:
-            if copy.region is not None:
-                copy.pinned = self._seal(copy.oid, copy.version, copy.region)
-                copy.region = None
-                copy.stream.keep = copy.pinned
-            self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
-            return
-        log.info("transfer of %s from rank %d ended: %s", what.oid, what.sender, reason)
-        if tainted and copy.region is not None:
-            try:
-                # MPI may still write to the old region: what has arrived moves to a new one
-                copy.region = self._arena.move_prefix(copy.region, copy.stream.progress)
-            except StoreFullError as error:
-                copy.region.quarantine()
-                self._forget(copy)
-                self._out_of_memory(what.oid, error)
-            else:
-                copy.stream.data, copy.stream.keep = memoryview(copy.region.data), copy.region
+            if copy.region is None or self._sealed(copy, copy.region):
+                self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
+                return
+            # the node has other bytes: those of a put that is about to be refused
+            self._forget(copy)
+        else:
+            log.info("transfer of %s from rank %d ended: %s", what.oid, what.sender, reason)
+            if tainted and copy.region is not None:
+                # what has arrived moves to a new region
+                if incoming is None or not incoming.draining:
+                    copy.region.quarantine()
+                self._reserve(copy, what)
+                return
         self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
 
-    def _seal(self, oid: ObjectID, version: int, region: Region) -> Pinned:
-        region.seal()
-        pinned = self._arena.map(oid, version)
-        assert pinned is not None, f"{oid} vanished from the arena while it was sealed"
-        return pinned
+    def _sealed(self, copy: Copy, region: Region) -> bool:
+        """Publish the bytes on this node; return whether the copy has them now, be it from another process of the node."""
+        fresh = region.seal()
+        pinned = self._arena.map(copy.oid, copy.version)
+        if pinned is None or not (fresh or equal(pinned.buffer, region.data)):
+            return False
+        copy.region, copy.pinned, copy.stream.keep = None, pinned, pinned
+        return True
 
     def map_local(self, what: ev.MapLocal) -> None:
         pinned = self._arena.map(what.oid, what.version)
@@ -198,10 +244,13 @@ class Objects:
 
     def abort_transfer(self, what: ev.AbortTransfer) -> None:
         copy = self._copies.get(what.oid)
-        if copy is not None and copy.incoming is not None:
-            incoming = copy.incoming.get(what.attempt)
-            if incoming is not None:
-                self._transfers.stop(incoming)
+        if copy is None:
+            return
+        if copy.waiting is not None and copy.waiting.attempt == what.attempt:
+            copy.waiting = None
+        incoming = copy.incoming.get(what.attempt)
+        if incoming is not None:
+            self._transfers.stop(incoming)
 
     def deliver(self, what: ev.Deliver) -> Ready:
         ready = Ready(what.meta, what.inline, what.version, what.sources)
@@ -223,8 +272,9 @@ class Objects:
         self._dropped[oid] = max(version, self._dropped.get(oid, -1))
         copy = self._copies.get(oid)
         if copy is not None and copy.version <= version:
+            if copy.pinned is not None:  # else what the node has is another rank's
+                self._arena.delete(oid, copy.version)
             self._forget(copy)
-            self._arena.delete(oid, copy.version)
 
     def _drop_other(self, oid: ObjectID, version: int) -> None:
         copy = self._copies.get(oid)
@@ -236,7 +286,7 @@ class Objects:
     def _forget(self, copy: Copy) -> None:
         self._copies.pop(copy.oid, None)
         copy.stream.fail()
-        for incoming in list((copy.incoming or {}).values()):
+        for incoming in list(copy.incoming.values()):
             self._transfers.stop(incoming)
         # receives that are posted until the transfers are drained hold views of it, so it is not used again before
         if copy.region is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hoplite_mpi.config import Config
-from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError, StoreFullError
+from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Arena
 from hoplite_mpi.objects import Objects, Ready
@@ -23,6 +23,7 @@ from hoplite_mpi.protocol import wire
 from hoplite_mpi.protocol.core import Protocol
 from hoplite_mpi.protocol.membership import Membership
 from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.slots import Slots, reduce_bytes
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
@@ -76,8 +77,10 @@ class Runtime:
         )
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
-        self.objects = Objects(self.engine, self.fabric, self.transfers, self.arena, self.handle, self._no_memory)
-        self.slots = Slots(self.engine, self.fabric, self.transfers, self.arena, self.objects, self.handle, self.me)
+        self.reserver = Reserver(self.engine)
+        parts = (self.engine, self.fabric, self.transfers, self.arena, self.reserver)
+        self.objects = Objects(*parts, self.handle, self._no_memory)
+        self.slots = Slots(*parts, self.objects, self.handle, self.me)
         member = Member(place.rank, place.incarnation, place.node, self.side.address)
         if place.comm is not None:
             self.membership = Membership(member, founding=place.founders(self.side.address))
@@ -92,7 +95,7 @@ class Runtime:
         self._unclaimed: dict[int, list[tuple[PeerKey, bytes]]] = {}
         #: told the protocol's answers: Deliver, Available, Fail, Stored, Locations
         self.on_answer: Callable[[ev.Instruction], None] = lambda answer: None
-        self.on_no_memory: Callable[[ObjectID, StoreFullError], None] = lambda oid, error: None
+        self.on_no_memory: Callable[[ObjectID, HopliteError], None] = lambda oid, error: None
         self.on_closed: Callable[[HopliteError], None] = lambda error: None
         self.closed: HopliteError | None = None
         self.left = False
@@ -143,23 +146,29 @@ class Runtime:
 
     def leave(self, timeout: float) -> None:
         """Leave the view cleanly, then close. Any thread; never hangs on dead peers."""
-        if self.closed is None:
-            self.engine.run(lambda: self._membership(ms.LeaveRequested()))
-            self.engine.wait(lambda: self.left or self.closed is not None, self._pause, timeout)
-        self.engine.run(self._shut)
-        self.engine.stop()
-        self.arena.close()
+        try:
+            if self.closed is None:
+                self.engine.run(lambda: self._membership(ms.LeaveRequested()))
+                self.engine.wait(lambda: self.left or self.closed is not None, self._pause, timeout)
+            self.engine.run(self._shut)
+        finally:
+            self.engine.stop()
+            self.arena.close()
 
     @property
     def ended_cleanly(self) -> bool:
-        """Whether this process has left with nothing under way: then MPI_Finalize waits for nobody who is dead."""
+        """Whether MPI_Finalize is safe: this process has left with nothing under way, and never joined by accept/connect.
+
+        A rank that had joined so has been seen to end by SIGSEGV, and the mpiexec of a single process doesn't miss the call.
+        """
         stopped = all(thread.ident != self.engine.thread_ident for thread in threading.enumerate())
-        return self.left and not self.peers_lost and not self.joiner.busy and stopped
+        return self.place.comm is not None and self.left and not self.peers_lost and not self.joiner.busy and stopped
 
     def _shut(self) -> None:
         if self.closed is None:
             self.closed = ClosedError("the store is closed")
         self.joiner.stop()
+        self.reserver.stop()
         for peer in self._others():
             self.fabric.drop(peer)
         self.side.close()
@@ -266,7 +275,7 @@ class Runtime:
     def _find_stream(self, key: bytes) -> Any:
         return self.objects.find(key) if key[:1] == b"o" else self.slots.find(key)
 
-    def _no_memory(self, oid: ObjectID, error: StoreFullError) -> None:
+    def _no_memory(self, oid: ObjectID, error: HopliteError) -> None:
         self.on_no_memory(oid, error)
 
     # -- side channel and links ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hoplite_mpi.memory import Arena, Region, kernels
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.objects import Objects
 from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.testing import fault
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
@@ -78,6 +79,14 @@ class _Slot:
     stopped: bool = False
 
 
+@dataclass(eq=False)
+class _Starting:
+    """A slot whose memory is being got."""
+
+    what: ev.StartSlot
+    pulls: list[ev.PullChild] = field(default_factory=list)
+
+
 class Slots:
     """All reduce slots of this rank. Called under the engine's lock."""
 
@@ -87,6 +96,7 @@ class Slots:
         fabric: Fabric,
         transfers: Transfers,
         arena: Arena,
+        reserver: Reserver,
         objects: Objects,
         handle: Callable[[ev.Event], None],
         me: PeerKey,
@@ -96,8 +106,10 @@ class Slots:
         self._fabric = fabric
         self._transfers = transfers
         self._arena = arena
+        self._reserver = reserver
         self._objects = objects
         self._handle = handle
+        self._starting: dict[tuple[ObjectID, int], _Starting] = {}
         self._slots: dict[tuple[ObjectID, int], _Slot] = {}
         #: newest generation of each slot that was stopped here: its streams are refused
         self._stopped: dict[tuple[ObjectID, int], int] = {}
@@ -117,23 +129,36 @@ class Slots:
         """Begin a slot; see `StartSlot`."""
         name = (what.rid, what.slot)
         self._stop(name)
+        starting = self._starting[name] = _Starting(what)
+
+        def allocate() -> Region:
+            if what.is_root:
+                return self._arena.allocate(what.rid, what.meta, what.generation)
+            return self._arena.allocate_private(what.meta.nbytes)
+
+        if what.is_root or what.num_children:
+            self._reserver.get(what.meta.nbytes, allocate, lambda region: self._reserved(starting, region))
+        else:
+            self._reserved(starting, None)
+
+    def _reserved(self, starting: _Starting, region: Region | HopliteError | None) -> None:
+        what, name = starting.what, (starting.what.rid, starting.what.slot)
         source = self._objects.stream(what.source)
-        if source is None:
-            self._handle(ev.ForgetObject(what.source))
-            self._fail(what, "source", f"{what.source} is not on this rank")
+        current = self._starting.get(name) is starting
+        if current:
+            del self._starting[name]
+        if not current or source is None or isinstance(region, HopliteError):
+            if isinstance(region, Region):
+                region.abandon()
+            if isinstance(region, HopliteError) and current:
+                self._fail(what, "reduce", str(region))
+            elif current:
+                self._handle(ev.ForgetObject(what.source))
+                self._fail(what, "source", f"{what.source} is not on this rank")
             return
         itemsize = what.meta.dtype.itemsize if what.meta.dtype is not None else 1
         chunk = max(itemsize, self._engine.config.chunk_size // itemsize * itemsize)
-        region = None
         key = slot_key(*name, what.generation)
-        try:
-            if what.is_root:
-                region = self._arena.allocate(what.rid, what.meta, what.generation)
-            elif what.num_children:
-                region = self._arena.allocate_private(what.meta.nbytes)
-        except HopliteError as error:
-            self._fail(what, "reduce", str(error))
-            return
         if region is None:  # a leaf's output is its source
             output = Stream(self._engine, key, source.data, source.progress, keep=source.keep)
         else:
@@ -145,9 +170,15 @@ class Slots:
         self._transfers.appeared.fire()
         if region is not None:
             self._engine.spawn(self._run(slot), lambda error: self._run_ended(slot, error))
+        for pull in starting.pulls:
+            self.pull_child(pull)
 
     def pull_child(self, what: ev.PullChild) -> None:
         """Take a child's stream into the slot; see `PullChild`."""
+        starting = self._starting.get((what.rid, what.slot))
+        if starting is not None and starting.what.generation == what.generation:
+            starting.pulls.append(what)
+            return
         slot = self._slots.get((what.rid, what.slot))
         if slot is None or slot.what.generation != what.generation:
             return
@@ -218,7 +249,7 @@ class Slots:
     def stop(self, what: ev.StopSlot) -> None:
         """End a slot; see `StopSlot`."""
         name = (what.rid, what.slot)
-        slot = self._slots.get(name)
+        slot = self._slots.get(name) or self._starting.get(name)
         if slot is not None and slot.what.generation <= what.generation:
             self._stop(name)
         self._stopped[name] = max(what.generation, self._stopped.get(name, -1))
@@ -274,14 +305,17 @@ class Slots:
             self._handle(ev.SlotFailed(what.rid, what.slot, what.generation, "reduce", str(error)))
         elif what.is_root:
             assert slot.region is not None
-            self._objects.root_done(what.rid, what.generation, slot.region)
-            slot.region = None
-            self._handle(ev.SlotDone(what.rid, what.slot, what.generation))
+            if self._objects.root_done(what.rid, what.generation, slot.region):
+                slot.region = None
+                self._handle(ev.SlotDone(what.rid, what.slot, what.generation))
+            else:
+                self._fail(what, "reduce", f"{what.rid} was deleted while it was being reduced")
 
     def _fail(self, what: ev.StartSlot, kind: str, text: str) -> None:
         self._handle(ev.SlotFailed(what.rid, what.slot, what.generation, kind, text))
 
     def _stop(self, name: tuple[ObjectID, int]) -> None:
+        self._starting.pop(name, None)
         slot = self._slots.pop(name, None)
         if slot is None:
             return

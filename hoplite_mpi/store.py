@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hoplite_mpi.barrier import Barrier
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
     ClosedError,
     GetTimeoutError,
-    HopliteError,
     ObjectDeletedError,
     ObjectExistsError,
     ObjectLostError,
     ReduceError,
-    StoreFullError,
 )
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
@@ -33,39 +29,12 @@ from hoplite_mpi.protocol import cost
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.runtime import Runtime
+from hoplite_mpi.statistics import Statistics
 from hoplite_mpi.transport.modes import FaultMode
+from hoplite_mpi.values import as_bytes, equal
+from hoplite_mpi.waiting import Waiting
 
 __all__ = ["ObjectStore", "Statistics"]
-
-log = logging.getLogger("hoplite_mpi")
-
-_ERRORS: dict[str, type[HopliteError]] = {
-    "deleted": ObjectDeletedError,
-    "exists": ObjectExistsError,
-    "lost": ObjectLostError,
-    "reduce": ReduceError,
-}
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a store has done since it was opened. Bytes are payload, without envelopes."""
-
-    rank: int
-    view: int
-    members: int
-    #: objects that can be had here without asking anybody
-    objects: int
-    #: bytes of shared memory that this rank has allocated
-    memory_used: int
-    messages_sent: int
-    control_bytes_sent: int
-    bytes_sent: int
-    bytes_received: int
-    transfers: int
-    #: transfers that were given up because their sender lived but sent nothing
-    stalled: int
-    peers_lost: int
 
 
 class ObjectStore:
@@ -77,16 +46,9 @@ class ObjectStore:
         self._config: Config = runtime.config
         #: what this store can survive, and why
         self.fault_mode = mode
-        self._lock = threading.Lock()
-        self._getters: dict[ObjectID, list[Future]] = {}
-        self._watchers: dict[ObjectID, list[Future]] = {}
-        self._putters: dict[ObjectID, list[Future]] = {}
-        self._queries: dict[int, Future] = {}
+        self._waiting = Waiting(runtime)
+        self._barrier = Barrier(runtime, self)
         self._serial = itertools.count(1)
-        self._calls: dict[str, int] = {}
-        runtime.on_answer = self._answer
-        runtime.on_no_memory = self._no_memory
-        runtime.on_closed = self._closed_by_others
 
     # -- who is there --------------------------------------------------------------------------------------------------------
 
@@ -127,35 +89,15 @@ class ObjectStore:
         """
         self._runtime.check()
         oid = ObjectID.random() if object_id is None else _checked(object_id)
-        meta, source = _as_bytes(array)
+        meta, source = as_bytes(array)
         digest = bytes(oid) if object_id is None else hashlib.blake2b(source, digest_size=16).digest()
-        inline = pinned = None
-        if meta.nbytes <= self._config.inline_limit:
-            inline = bytes(source)
-        else:
-            pinned = self._seal(oid, meta, source)
-        self._store(oid, meta, digest, inline, pinned, confirm=object_id is not None)
+        self._put(oid, meta, digest, source, confirm=object_id is not None)
         return oid
 
-    def _seal(self, oid: ObjectID, meta: Meta, source: memoryview) -> Pinned:
-        arena = self._runtime.arena
-        known = arena.map(oid)
-        if known is None:
-            region = arena.allocate(oid, meta)
-            try:
-                np.copyto(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8))
-                region.seal()  # if another rank of the node was quicker, its bytes are compared below
-            except BaseException:
-                region.abandon()
-                raise
-            known = arena.map(oid)
-            if known is None:
-                raise ObjectDeletedError(f"{oid} was deleted while it was being put")
-        if known.meta != meta or not np.array_equal(
-            np.frombuffer(known.buffer, np.uint8), np.frombuffer(source, np.uint8)
-        ):
-            raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
-        return known
+    def put_bytes(self, oid: ObjectID, meta: Meta, data: Any) -> None:
+        """Store an object given by its meta and its bytes under an id that nobody else uses. Errors as `put`."""
+        self._runtime.check()
+        self._put(oid, meta, bytes(oid), memoryview(data), confirm=False)
 
     def adopt(self, oid: ObjectID) -> Meta:
         """Announce an object that another process of this node (a worker) has sealed in the arena under a fresh id; return its meta."""
@@ -165,16 +107,66 @@ class ObjectStore:
         self._store(oid, pinned.meta, bytes(oid), None, pinned, confirm=False)
         return pinned.meta
 
-    def put_bytes(self, oid: ObjectID, meta: Meta, data: Any) -> None:
-        """Store an object given by its meta and its bytes under an id that nobody else uses. Errors as `put`."""
-        self._runtime.check()
-        source = memoryview(data)
-        inline = pinned = None
+    def _put(self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool) -> None:
         if meta.nbytes <= self._config.inline_limit:
-            inline = bytes(source)
+            self._store(oid, meta, digest, bytes(source), None, confirm)
         else:
-            pinned = self._seal(oid, meta, source)
-        self._store(oid, meta, bytes(oid), inline, pinned, confirm=False)
+            pinned, fresh = self._seal(oid, meta, source)
+            self._store(oid, meta, digest, None, pinned, confirm, fresh)
+
+    def _seal(self, oid: ObjectID, meta: Meta, source: memoryview) -> tuple[Pinned, bool]:
+        """Return the sealed bytes, and whether it was this call that sealed them."""
+        arena = self._runtime.arena
+        known, fresh = arena.map(oid), False
+        if known is None:
+            region = arena.allocate(oid, meta)
+            try:
+                np.copyto(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8))
+                fresh = region.seal()
+            except BaseException:
+                region.abandon()
+                raise
+            known = arena.map(oid)
+            if known is None:
+                raise ObjectDeletedError(f"{oid} was deleted while it was being put")
+        if not fresh and not (known.meta == meta and equal(known.buffer, source)):
+            raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
+        return known, fresh
+
+    def _store(
+        self,
+        oid: ObjectID,
+        meta: Meta,
+        digest: bytes,
+        inline: bytes | None,
+        pinned: Pinned | None,
+        confirm: bool,
+        fresh: bool = False,
+    ) -> None:
+        """Announce an object and wait until the owner has taken it. fresh: its bytes were sealed for this alone."""
+        future = Future(self._engine, f"put of {oid}")
+        runtime = self._runtime
+
+        def begin() -> None:
+            self._waiting.putters.setdefault(oid, []).append(future)
+            taken = runtime.protocol.client.takes(oid)
+            if taken and pinned is not None:
+                runtime.objects.stored(oid, meta, pinned)
+            runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
+            if fresh and not taken:  # something else is known here under that id
+                runtime.arena.delete(oid)
+
+        self._locked(begin)
+        future.result()
+
+    def _locked(self, function: Callable[[], Any]) -> Any:
+        """Call *function* under the engine's lock, unless the store is closed: nobody would end what it waits for."""
+
+        def checked() -> Any:
+            self._runtime.check()
+            return function()
+
+        return self._engine.run(checked)
 
     def local(self, oid: ObjectID) -> Ready | None:
         """Return how an object that this rank has got is stored here; None if it hasn't."""
@@ -208,67 +200,41 @@ class ObjectStore:
         view: View = self._engine.run(begin)
         return view
 
-    def _store(
-        self, oid: ObjectID, meta: Meta, digest: bytes, inline: bytes | None, pinned: Pinned | None, confirm: bool
-    ) -> None:
-        future = Future(self._engine, f"put of {oid}")
-
-        def begin() -> None:
-            self._putters.setdefault(oid, []).append(future)
-            if pinned is not None and self._runtime.objects.pinned(oid) is None:
-                self._runtime.objects.stored(oid, meta, pinned)
-            self._runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
-
-        self._engine.run(begin)
-        future.result()
-
     def get(self, object_id: ObjectID, timeout: Any = DEFAULT) -> Any:
         """Return the object as a read-only ndarray, or a read-only memoryview if bytes were put; zero copy on its node.
 
         Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ObjectLostError, ReduceError, StoreFullError.
         """
-        future = self.get_async(object_id)
-        try:
-            return future.result(timeout)
-        except GetTimeoutError:
-            future.cancel()
-            raise
+        return _result(self.get_async(object_id), timeout)
 
     def get_async(self, object_id: ObjectID) -> Future:
         """Return a future of what `get` returns."""
-        self._runtime.check()
         oid = _checked(object_id)
         future = Future(self._engine, f"get of {oid}", on_cancel=lambda: self._abandon(oid, future))
 
         def begin() -> None:
             ready = self._runtime.ready(oid)
             if ready is not None:
-                value = self._runtime.objects.value(oid, ready)
-                self._engine.outside(lambda: _resolve(future, value))
+                self._waiting.resolve([future], self._runtime.objects.value(oid, ready))
                 return
-            self._getters.setdefault(oid, []).append(future)
+            self._waiting.getters.setdefault(oid, []).append(future)
             self._runtime.handle(ev.GetRequested(oid))
 
-        self._engine.run(begin)
+        self._locked(begin)
         return future
 
     def _abandon(self, oid: ObjectID, future: Future) -> None:
         def end() -> None:
-            waiting = self._getters.get(oid, [])
-            if future in waiting:
-                waiting.remove(future)
-                if not waiting:
-                    del self._getters[oid]
-                    self._runtime.handle(ev.GetAbandoned(oid))
+            if Waiting.remove(self._waiting.getters, oid, future):
+                self._runtime.handle(ev.GetAbandoned(oid))
 
         if not self.closed:
             self._engine.run(end)
 
     def delete(self, object_id: ObjectID) -> None:
         """Free all copies of the object, everywhere; a later get is ObjectDeletedError, and its id can't be used again."""
-        self._runtime.check()
         oid = _checked(object_id)
-        self._engine.run(lambda: self._runtime.handle(ev.DeleteRequested(oid)))
+        self._locked(lambda: self._runtime.handle(ev.DeleteRequested(oid)))
 
     def wait(
         self, object_ids: Iterable[ObjectID], num_returns: int = 1, timeout: Any = DEFAULT
@@ -281,7 +247,7 @@ class ObjectStore:
         oids = [_checked(oid) for oid in object_ids]
         if not 0 <= num_returns <= len(oids):
             raise ValueError(f"num_returns is {num_returns}, but {len(oids)} objects were given")
-        futures = {oid: self._watch(oid) for oid in dict.fromkeys(oids)}
+        futures = {oid: self.watch(oid) for oid in dict.fromkeys(oids)}
         enough = threading.Event()
 
         def count(_: Any) -> None:
@@ -289,53 +255,48 @@ class ObjectStore:
                 enough.set()
 
         for future in futures.values():
-            future.add_done_callback(count)
+            future.when_done(count)
         count(None)
         self._engine.wait(enough.is_set, enough.wait, self._config.deadline(timeout))
         ready = [oid for oid in oids if futures[oid].done()]
-        for oid, future in futures.items():
-            if not future.done():
-                self._unwatch(oid, future)
+        for future in futures.values():
+            future.cancel()
         self._runtime.check()
         return ready, [oid for oid in oids if oid not in set(ready)]
 
-    def _watch(self, oid: ObjectID) -> Future:
-        future = Future(self._engine, f"wait for {oid}")
+    def watch(self, oid: ObjectID) -> Future:
+        """Return a future that ends when the object exists; see `wait`."""
+        future = Future(self._engine, f"wait for {oid}", on_cancel=lambda: self._unwatch(oid, future))
 
         def begin() -> None:
-            self._watchers.setdefault(oid, []).append(future)
+            self._waiting.watchers.setdefault(oid, []).append(future)
             self._runtime.handle(ev.WatchRequested(oid))
 
-        self._engine.run(begin)
+        self._locked(begin)
         return future
 
     def _unwatch(self, oid: ObjectID, future: Future) -> None:
         def end() -> None:
-            waiting = self._watchers.get(oid, [])
-            if future in waiting:
-                waiting.remove(future)
-                if not waiting:
-                    del self._watchers[oid]
-                    self._runtime.handle(ev.WatchAbandoned(oid))
+            if Waiting.remove(self._waiting.watchers, oid, future):
+                self._runtime.handle(ev.WatchAbandoned(oid))
 
         if not self.closed:
             self._engine.run(end)
 
     def located(self, object_ids: Sequence[ObjectID], timeout: Any = DEFAULT) -> frozenset[ObjectID]:
         """Return those of the objects that have a complete copy on a live rank now."""
-        self._runtime.check()
         number = next(self._serial)
         future = Future(self._engine, "location of objects")
 
         def begin() -> None:
-            self._queries[number] = future
+            self._waiting.queries[number] = future
             self._runtime.handle(ev.LocationsRequested(number, tuple(object_ids)))
 
-        self._engine.run(begin)
+        self._locked(begin)
         try:
             return frozenset(future.result(timeout))
         finally:
-            self._queries.pop(number, None)
+            self._engine.run(lambda: self._waiting.queries.pop(number, None))
 
     # -- reduce ----------------------------------------------------------------------------------------------------------------
 
@@ -363,11 +324,11 @@ class ObjectStore:
         if deterministic:
             why = "it takes whatever comes first" if num_objects is not None else "this version adds in arrival order"
             raise ReduceError(f"deterministic=True can't be had: {why}")
-        name = op_by_name(op).name if isinstance(op, str) else op.name
+        name = (op_by_name(op) if isinstance(op, str) else op).name
         rid = ObjectID.random() if object_id is None else _checked(object_id)
         if rid in oids:
             raise ValueError(f"the result of a reduce, {rid}, can't be among its sources")
-        self._engine.run(lambda: self._runtime.handle(ev.ReduceRequested(rid, oids, name, num_objects)))
+        self._locked(lambda: self._runtime.handle(ev.ReduceRequested(rid, oids, name, num_objects)))
         return rid
 
     def reduced_from(self, object_id: ObjectID, timeout: Any = DEFAULT) -> frozenset[ObjectID]:
@@ -375,7 +336,7 @@ class ObjectStore:
         self._runtime.check()
         oid = _checked(object_id)
         ready = self._runtime.ready(oid)
-        sources = ready.sources if ready is not None else self._watch(oid).result(timeout)
+        sources = ready.sources if ready is not None else _result(self.watch(oid), timeout)
         if sources is None:
             raise ReduceError(f"{oid} was put, not reduced")
         return frozenset(sources)
@@ -386,25 +347,7 @@ class ObjectStore:
 
     def barrier(self, timeout: Any = DEFAULT) -> None:
         """Wait until every member has called it as often as this rank has. Members that die meanwhile are not waited for."""
-        self._runtime.check()
-        number = self._calls["barrier"] = self._calls.get("barrier", 0) + 1
-        deadline = self._config.deadline(timeout)
-        self.put(b"", ObjectID.from_name(f"hoplite/barrier/{number}/{self.rank}"))
-
-        def missing() -> list[ObjectID]:
-            return [ObjectID.from_name(f"hoplite/barrier/{number}/{rank}") for rank in self.ranks]
-
-        end = None if deadline is None else time.monotonic() + deadline
-        while True:
-            oids = missing()
-            left = 1.0 if end is None else min(1.0, max(0.0, end - time.monotonic()))
-            _, absent = self.wait(oids, len(oids), left)
-            if not absent or set(absent).isdisjoint(missing()):
-                break
-            if end is not None and time.monotonic() >= end:
-                raise GetTimeoutError(f"barrier {number}: {len(absent)} members have not come after {deadline:g} s")
-        if number > 1:  # everybody has come here, so everybody has left the one before
-            self.delete(ObjectID.from_name(f"hoplite/barrier/{number - 1}/{self.rank}"))
+        self._barrier.wait(timeout)
 
     # -- the store itself --------------------------------------------------------------------------------------------------------
 
@@ -431,7 +374,7 @@ class ObjectStore:
         if isinstance(self._runtime.closed, ClosedError):
             return
         self._runtime.leave(self._config.close_timeout)
-        self._fail_all(ClosedError("the store was closed while this was waited for"))
+        self._engine.run(lambda: self._waiting.fail_all(ClosedError("the store was closed while this was waited for")))
 
     def __enter__(self) -> ObjectStore:
         return self
@@ -439,82 +382,17 @@ class ObjectStore:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # -- answers of the protocol, under the engine's lock ------------------------------------------------------------------------
 
-    def _answer(self, what: ev.Instruction) -> None:
-        match what:
-            case ev.Stored():
-                self._resolve_all(self._putters.pop(what.oid, []), None)
-            case ev.Deliver():
-                waiting = self._getters.pop(what.oid, [])
-                ready = self._runtime.objects.ready[what.oid]
-                for future in waiting:
-                    self._resolve_all([future], self._runtime.objects.value(what.oid, ready))
-            case ev.Available():
-                self._resolve_all(self._watchers.pop(what.oid, []), what.sources)
-            case ev.Locations():
-                self._resolve_all(
-                    [self._queries[what.request_id]] if what.request_id in self._queries else [], what.oids
-                )
-            case ev.Fail():
-                error = _ERRORS[what.kind](what.text)
-                waiting = self._putters.pop(what.oid, [])
-                if what.kind != "exists" or not waiting:
-                    waiting += self._getters.pop(what.oid, []) + self._watchers.pop(what.oid, [])
-                self._fail(waiting, error)
-
-    def _no_memory(self, oid: ObjectID, error: StoreFullError) -> None:
-        self._fail(self._getters.pop(oid, []), error)
-        self._runtime.handle(ev.GetAbandoned(oid))
-
-    def _closed_by_others(self, error: HopliteError) -> None:
-        self._engine.outside(lambda: self._fail_all(error))
-
-    def _fail_all(self, error: HopliteError) -> None:
-        for table in (self._getters, self._watchers, self._putters):
-            while table:
-                self._fail(table.popitem()[1], error)
-        self._fail(list(self._queries.values()), error)
-        self._engine.outside(lambda: None)
-
-    def _resolve_all(self, futures: list[Future], value: Any) -> None:
-        for future in futures:
-            self._engine.outside(lambda future=future: _resolve(future, value))  # type: ignore[misc]
-
-    def _fail(self, futures: list[Future], error: BaseException) -> None:
-        for future in futures:
-            self._engine.outside(lambda future=future: _reject(future, error))  # type: ignore[misc]
-
-
-def _resolve(future: Future, value: Any) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_result(value)
-
-
-def _reject(future: Future, error: BaseException) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+def _result(future: Future, timeout: Any) -> Any:
+    """Wait for a future that is given up when the time is over."""
+    try:
+        return future.result(timeout)
+    except GetTimeoutError:
+        future.cancel()
+        raise
 
 
 def _checked(oid: Any) -> ObjectID:
     if not isinstance(oid, ObjectID):
         raise TypeError(f"an object id is needed, not {oid!r}: use ObjectID.from_name() or what put() returned")
     return oid
-
-
-def _as_bytes(value: Any) -> tuple[Meta, memoryview]:
-    """Return what *value* is and its bytes in C order, without a copy where it is contiguous."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        view = memoryview(value)
-        # `cast` takes neither other orders than C's nor a zero among the lengths
-        flat = view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
-        return Meta.of_bytes(view.nbytes), flat
-    array = np.asarray(value) if _numpy_knows(value) else np.from_dlpack(value)
-    meta = Meta.of_array(array)
-    contiguous: Any = np.ascontiguousarray(array).reshape(-1)
-    return meta, memoryview(contiguous.view(np.uint8)) if array.nbytes else memoryview(b"")
-
-
-def _numpy_knows(value: Any) -> bool:
-    """Whether NumPy can take *value* by itself; what speaks only DLPack, it would wrap as a Python object."""
-    return hasattr(value, "__array__") or hasattr(value, "__array_interface__") or not hasattr(value, "__dlpack__")

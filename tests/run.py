@@ -19,7 +19,7 @@ from hoplite_mpi.launch import find_mpiexec
 ROOT = Path(__file__).parent.parent
 #: seconds for the runs under mpiexec, each, and for the rest
 MPI_DEADLINE = 180
-DEADLINE = 900
+DEADLINE = 1300
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from exoflow_hpc import exitcodes
 from exoflow_hpc._version import __version__
 from exoflow_hpc.cli import query, run
 from exoflow_hpc.cli.interrupt import Interrupted, interruptible
+from exoflow_hpc.cli.streams import put, repair
 from exoflow_hpc.errors import ExoFlowError, TaskError
 from exoflow_hpc.local import is_other_rank, under_launcher
 from exoflow_hpc.settings import Settings
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         options = _parser().parse_args(arguments)
     options.workflow_id = None
+    if is_other_rank() and options.command not in ("run", "resume"):  # the first one does it
+        return exitcodes.SUCCESSFUL
     try:
         with interruptible():
             _check_environment()
@@ -113,20 +116,15 @@ def _report(options: Any, text: str, code: int, workflow_id: str | None) -> int:
     print(f"exoflow_hpc: {text}", file=sys.stderr, flush=True)
     if options.json:
         status = {exitcodes.FAILED: "FAILED", exitcodes.RESUMABLE: "RESUMABLE"}.get(code)
-        print(json.dumps({"workflow_id": workflow_id, "status": status, "output": None, "error": text}), flush=True)
+        with contextlib.suppress(ExoFlowError):  # that stdout can't be written may be just what went wrong
+            put(json.dumps({"workflow_id": workflow_id, "status": status, "output": None, "error": text}))
     return code
 
 
 def entry() -> NoReturn:
     """Run the command line of this process and exit."""
-    if not under_launcher():
-        # what ranks and mpiexec print goes to stderr: the result is alone on stdout
-        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-        os.dup2(2, 1)
-    try:
-        code = main()
-    except BrokenPipeError:  # whoever read our output has gone
-        code = 1
+    repair()
+    code = main()
     if under_launcher():
         # MPI_Finalize can hang after a peer's death, and everything is durable
         sys.stdout.flush()

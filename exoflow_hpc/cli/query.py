@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from exoflow_hpc import api, summary
+from exoflow_hpc.cli.streams import put
 from exoflow_hpc.history import Status
 
 __all__ = ["STATES", "cancel", "delete", "list_all", "output", "status"]
@@ -21,9 +22,9 @@ def status(options: Any) -> int:
     known = api.get_metadata(options.id, storage=options.storage)
     if options.json:
         wire = dataclasses.asdict(known)
-        print(json.dumps({name: value for name, value in wire.items() if value is not None}))
+        put(json.dumps({name: value for name, value in wire.items() if value is not None}))
     else:
-        print(
+        put(
             f"{known.workflow_id}: {known.status}, {known.committed} of {known.tasks} tasks committed, epoch {known.epoch}"
         )
     return 0
@@ -33,11 +34,11 @@ def list_all(options: Any, wanted: str | None = None) -> int:
     """Print all workflows with their states."""
     found = api.list_all(getattr(options, "status", wanted), options.storage)
     if options.json:
-        print(json.dumps({"workflows": [{"workflow_id": one, "status": state} for one, state in found]}))
+        put(json.dumps({"workflows": [{"workflow_id": one, "status": state} for one, state in found]}))
     else:
         width = max((len(one) for one, _ in found), default=0)
         for one, state in found:
-            print(f"{one:{width}}  {state}")
+            put(f"{one:{width}}  {state}")
     return 0
 
 
@@ -45,9 +46,9 @@ def output(options: Any) -> int:
     """Print a committed output."""
     value = api.get_output(options.id, options.task, options.storage)
     if options.json:
-        print(json.dumps({"workflow_id": options.id, "task": options.task, "output": summary.jsonable(value)}))
+        put(json.dumps({"workflow_id": options.id, "task": options.task, "output": summary.jsonable(value)}))
     else:
-        print(summary.text(value))
+        put(summary.text(value))
     return 0
 
 
@@ -65,7 +66,7 @@ def delete(options: Any) -> int:
 
 def _done(options: Any, what: str) -> int:
     if options.json:
-        print(json.dumps({"workflow_id": options.id, "status": what}))
+        put(json.dumps({"workflow_id": options.id, "status": what}))
     else:
-        print(f"{options.id}: {what}")
+        put(f"{options.id}: {what}")
     return 0

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from exoflow_hpc import api, local, summary
+from exoflow_hpc.cli.streams import put
 from exoflow_hpc.exitcodes import exit_code
 from exoflow_hpc.history import Status
+from exoflow_hpc.outcome import REFUSED
 from exoflow_hpc.storage import Storage
 from exoflow_hpc.workflow_file import load, parse_inputs
 
@@ -45,7 +47,7 @@ def _run(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
     storage, workflow_id = prepare()
     options.workflow_id = workflow_id
     result = api.execute(storage, workflow_id, options.ranks, quiet=options.quiet)
-    return _print(options, result)
+    return _put(options, result)
 
 
 def _run_as_rank(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
@@ -61,25 +63,27 @@ def _run_as_rank(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> in
             raise
         options.workflow_id = workflow_id
         ended = session.run(storage, workflow_id, quiet=options.quiet)
-        return _print(options, summary.summarize(storage, ended))
+        if ended.status == REFUSED and ended.error is not None:
+            raise ended.error
+        return _put(options, summary.summarize(storage, ended))
     finally:
         session.close()
 
 
-def _print(options: Any, result: dict[str, Any]) -> int:
+def _put(options: Any, result: dict[str, Any]) -> int:
     status, workflow_id = result["status"], result["workflow_id"]
     if result.get("error"):
         print(f"exoflow_hpc: workflow {workflow_id}: {result['error']}", file=sys.stderr)
     if status == Status.RESUMABLE:
         print(f"exoflow_hpc: go on with: python -m exoflow_hpc resume {workflow_id}", file=sys.stderr)
     if options.json:
-        print(json.dumps(result), flush=True)
+        put(json.dumps(result))
     else:
         tasks, ranks = result["tasks"], result["ranks"]
-        print(
+        put(
             f"{workflow_id}: {status} in {result['seconds']:.1f} s; tasks: {tasks['run']} run, {tasks['skipped']} skipped, "
             f"{tasks['rerun']} run again; ranks: {ranks['started']} started, {ranks['lost']} lost, {ranks['rejoined']} rejoined"
         )
         if status == Status.SUCCESSFUL:
-            print(summary.text(result["output"]), flush=True)
+            put(summary.text(result["output"]))
     return exit_code(status)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exoflow_hpc import checkpoint
-from exoflow_hpc.errors import CorruptCheckpointError
+from exoflow_hpc.errors import CorruptCheckpointError, StorageError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
@@ -216,7 +216,8 @@ class Agent:
             text = str(error)
             self._loop.post(lambda: self._found_corrupt(job, place, text))
         except Exception as error:  # whatever it is: the attempt must not wait for ever
-            failure = Failure("lost-input", str(error) or repr(error))
+            kind = "storage" if isinstance(error, StorageError) else "lost-input"
+            failure = Failure(kind, str(error) or repr(error))
             self._loop.post(lambda: self._failed(job, failure))
         else:
             self._loop.post(lambda: self._was_read(job, position, place, meta, data))

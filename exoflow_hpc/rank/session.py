@@ -14,7 +14,7 @@ from exoflow_hpc import heartbeat, history, records
 from exoflow_hpc.checkpoint import WriterClient
 from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError, FencedError, StorageError
 from exoflow_hpc.journal import History, Journal
-from exoflow_hpc.outcome import Ended
+from exoflow_hpc.outcome import REFUSED, Ended
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.active import refuse_if_active
 from exoflow_hpc.rank.agent import Agent
@@ -72,7 +72,7 @@ class Session:
         self.writer = WriterClient(place.rank, place.incarnation)
         self.writer.start()
         arena = {"run": place.arena, "rank": place.rank, "incarnation": place.incarnation}
-        self.pool = WorkerPool(self.slots, spawner=spawner, arena=arena, on_exit=runtime.arena.reap)
+        self.pool = WorkerPool(self.slots, spawner=spawner, arena=arena, on_exit=self._reap)
         self.pool.start()
         self._agent = Agent(self.store, runtime.arena, self.pool, self.slots, self.writer, self._loop)
         self._agent.connect(self._send)
@@ -87,6 +87,10 @@ class Session:
             self._send(HEAD, ms.Hello())
 
     # -- messages ------------------------------------------------------------------------------------------------------------
+
+    def _reap(self, pid: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # after an eviction the store, and with it the arena, goes first
+            self.store.runtime.arena.reap(pid)
 
     def _send(self, rank: int, message: ms.Message) -> None:
         self._post(rank, ms.encode(message))  # to one that is gone it is dropped: the next view tells
@@ -165,7 +169,7 @@ class Session:
                     break
         except ExoFlowError as error:
             interrupted = isinstance(error, (FencedError, StorageError))
-            status = history.Status.RESUMABLE if interrupted else "REFUSED"
+            status = history.Status.RESUMABLE if interrupted else REFUSED
             self.refuse(error, status)
             return Ended(workflow_id, status, error)
         finally:
@@ -178,7 +182,7 @@ class Session:
         progress.finish(outcome.status)
         return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
 
-    def refuse(self, error: BaseException, status: str = "REFUSED") -> None:
+    def refuse(self, error: BaseException, status: str = REFUSED) -> None:
         """Tell the other ranks that the run they wait for will not begin."""
         known = (
             error

@@ -88,7 +88,7 @@ def _serve(connection: _Connection) -> None:
 
 def _answer(connection: _Connection, executor: Executor, seq: int, request: TaskRequest) -> None:
     def report(fraction: float, text: str) -> None:
-        connection.send(Reply(seq, Progress(fraction, str(text))))
+        connection.send(Reply(seq, Progress(fraction, text)))
 
     result = executor.run(request, report)
     _flush()

@@ -18,8 +18,10 @@ from .protocol import describe_exit
 __all__ = ["Spawner", "WorkerExited", "WorkerStarted", "WorkerUnstarted"]
 
 _MAX_MESSAGE = 4096
-#: a worker that imports MPI is a process of its own; with these it would take itself for its rank
-_LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "OMPI_COMM_WORLD_")
+#: a worker that imports MPI, and a program that a task starts, is a process of its own; with these it would take itself
+#: for its rank. HOPLITE_RUN stays: by it all that a run has started is found
+_RANK_VARIABLES = ("HOPLITE_RENDEZVOUS", "HOPLITE_RANK", "HOPLITE_SIZE", "HOPLITE_INCARNATION")
+_LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "OMPI_COMM_WORLD_", *_RANK_VARIABLES)
 #: a task has one core; also, a forkserver with threads of a BLAS could not fork safely
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 #: not ``-m``: workers have to find what the rank finds, in the same order, whatever put it into the rank's path; and by

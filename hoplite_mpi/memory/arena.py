@@ -194,19 +194,6 @@ class Arena(Allocator):
             mapping.charge = charge
             self._quarantined_bytes += mapping.capacity
 
-    def move_prefix(self, region: Region, nbytes: int) -> Region:
-        """Quarantine *region* and return a new one for the same object that begins with its first *nbytes* bytes.
-
-        StoreFullError: *region* is as it was.
-        """
-        if region.oid is None or region.meta is None:
-            fresh = self.allocate_private(region.nbytes)
-        else:
-            fresh = self.allocate(region.oid, region.meta, region.version)
-        fresh.data[:nbytes] = region.data[:nbytes]
-        region.quarantine()
-        return fresh
-
     # -- sealed objects of anyone on the node
 
     def map(self, oid: ObjectID, version: int = 0) -> Pinned | None:

@@ -49,6 +49,12 @@ class Client:
         copy = self._copies.get(oid)
         return copy is not None and copy.usable
 
+    def takes(self, oid: ObjectID) -> bool:
+        """Whether bytes that are put under that id now would become this rank's copy."""
+        copy = self._copies.get(oid)
+        free = copy is None or (copy.version == 0 and not copy.complete)
+        return free and oid not in self._tombstones and oid not in self._specs
+
     def root_started(self, rid: ObjectID, version: int, meta: Meta) -> None:
         """A reduce's root begins to write (rid, version) here."""
         self._discard(rid)

@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from hoplite_mpi.launch import CommandPrefix, LocalRanks
+from hoplite_mpi.launch import REPLACE_ME, CommandPrefix, LocalRanks
 from hoplite_mpi.testing._rank_main import BEGUN, PAYLOAD, VALUE
 
 __all__ = ["RankResult", "run_ranks"]
@@ -58,7 +58,8 @@ def run_ranks(
     ``HOPLITE_SIZE`` in the environment say who it is. Leaving is by ``os._exit``: no atexit handlers, no MPI_Finalize.
 
     kill: (rank, seconds since all ranks have begun) or (rank, name of a fault point, optionally ``NAME@K``): SIGKILL
-    there. respawn: start the next incarnation of a rank that a signal ended. env: more environment for all ranks.
+    there. respawn: start the next incarnation of a rank that a signal ended, or that left with
+    `launch.REPLACE_ME`. env: more environment for all ranks.
     hosts: `EmulatedHosts`; rank r runs on host r modulo their number.
 
     After *timeout* seconds everything is killed and TimeoutError shows the end of each rank's output. Whatever happens,
@@ -139,7 +140,7 @@ def _watch(ranks: LocalRanks, timed: list[tuple[float, int]], deadline: float, r
             ranks.kill(timed.pop(0)[1])
         if respawn:
             for rank, code in codes.items():
-                if code is not None and code < 0 and ranks.incarnations[rank] < _MAX_RESPAWNS:
+                if code is not None and (code < 0 or code == REPLACE_ME) and ranks.incarnations[rank] < _MAX_RESPAWNS:
                     ranks.respawn(rank)
                     codes[rank] = None
         ended = {rank: code for rank, code in codes.items() if code is not None}

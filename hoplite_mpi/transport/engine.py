@@ -39,6 +39,8 @@ _NAP = 5e-6
 _LONG_NAP = 1e-3
 #: seconds after which a blocked user thread looks whether the engine still runs
 _LONGEST_BLOCK = 1.0
+#: number of requests up to which each is tested by itself
+_FEW = 3
 #: seconds between looks at the sockets while there is MPI traffic
 _SOCKET_PERIOD = 200e-6
 
@@ -331,9 +333,12 @@ class Engine:
         requests = self._requests
         if not requests:
             return False
+        errors: dict[int, BaseException] = {}
         try:
-            indices = MPI.Request.Testsome(requests)
-            errors: dict[int, BaseException] = {}
+            if len(requests) <= _FEW:  # one by one is quicker: Testsome costs as much as five of them
+                indices = [index for index, request in enumerate(requests) if request.Test()]
+            else:
+                indices = MPI.Request.Testsome(requests) or []
         except MPI.Exception as error:
             indices, errors = self._test_each(error)
         if not indices:

@@ -31,6 +31,8 @@ _FIRST_TAG = 16
 #: bytes of one control message on the wire: an inline object with its envelope fits into one
 CONTROL_SLOT = 72 * 1024
 _MORE = 1
+#: bytes up to which MPI sends without a handshake
+_EAGER = 4096
 #: channel, flags, length: a length of its own spares a Status for each receive
 _HEAD = struct.Struct("<BBI")
 
@@ -114,7 +116,8 @@ class Fabric:
         if link.receive is not None:
             request = self._engine.unwatch(link.receive)
             if request is not None:
-                request.Cancel()  # if it has been matched it stays pending, in a buffer that nobody else uses
+                request.Cancel()
+                request.Test()  # if it has been matched it stays pending, in a buffer that nobody else uses
 
     def send(self, peer: PeerKey, channel: int, payload: bytes) -> None:
         """Send a control message; it is dropped if the peer is gone."""
@@ -148,10 +151,10 @@ class Fabric:
     def _listen(self, link: Link) -> None:
         assert link.comm is not None
         slot = bytearray(CONTROL_SLOT)
+        request = link.comm.Recv_init([slot, MPI.BYTE], link.dest, _CONTROL_TAG)
 
         def post() -> None:
-            assert link.comm is not None
-            request = link.comm.Irecv([slot, MPI.BYTE], link.dest, _CONTROL_TAG)
+            request.Start()
             self._engine.watch(request, arrived, passive=True)
 
         def arrived(error: BaseException | None) -> None:
@@ -184,13 +187,17 @@ class Fabric:
     ) -> None:
         """Post a send and keep *buffer* and *keep* alive until MPI is done with them, for ever if the peer dies first."""
         assert link.comm is not None
+        request = link.comm.Isend([buffer, MPI.BYTE], link.dest, tag)
+        if len(buffer) <= _EAGER and request.Test():  # a small message is mostly gone already
+            callback(None)
+            return
 
         def ended(error: BaseException | None) -> None:
             del link.unfinished[ended]
             callback(error)
 
         link.unfinished[ended] = (buffer, keep)
-        self._engine.watch(link.comm.Isend([buffer, MPI.BYTE], link.dest, tag), ended)
+        self._engine.watch(request, ended)
 
     # -- transfers ---------------------------------------------------------------------------------------------------------
 

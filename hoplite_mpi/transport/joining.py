@@ -190,4 +190,4 @@ class Joiner:
 def _give_up(peer: PeerKey) -> None:
     """A connecter that is stuck can't be freed; it has no state that counts: leave, and be replaced."""
     log.critical("connecting to rank %d.%d is stuck: this process leaves the run", *peer)
-    os._exit(70)
+    os._exit(launch.REPLACE_ME)

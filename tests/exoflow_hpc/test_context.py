@@ -48,3 +48,11 @@ def test_progress_is_checked_and_thinned_out_but_the_end_is_told() -> None:
         with pytest.raises(ValueError, match="'t'"):
             running.progress(wrong)
     TaskContext("w", "t", 0, 0, 0).progress(0.5)
+
+
+def test_the_text_of_a_progress_report_is_one_short_line_that_any_message_can_hold() -> None:
+    told: list[str] = []
+    running = TaskContext("w", "t", 0, 0, 0, report=lambda fraction, text: told.append(text))
+    running.progress(1, "é \ud800\n\x1b[2J" + "x" * 10_000)
+    assert told[0].startswith("é    [2Jxx")
+    assert len(told[0]) == 200

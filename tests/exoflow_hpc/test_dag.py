@@ -9,6 +9,7 @@ import pytest
 
 import exoflow_hpc.dag as ef
 from exoflow_hpc.errors import IllegalAnnotationError
+from exoflow_hpc.options import check_name
 
 
 @ef.task
@@ -116,3 +117,11 @@ def test_reduce_takes_nodes_only() -> None:
         ef.reduce([one], op="median")
     with pytest.raises(ValueError, match="checkpoint"):
         ef.reduce([one], checkpoint="perhaps")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "x" * 300, "a b", "\ud800", "<lambda>"])
+def test_any_name_of_a_function_becomes_one_that_a_task_can_have(name: str) -> None:
+    def function() -> None: ...
+
+    function.__name__ = name
+    assert check_name(ef.task(function).name) is not None

@@ -226,6 +226,16 @@ def test_an_input_that_is_never_there_does_not_loop_for_ever() -> None:
     assert out == [Finish("FAILED", 1, "lost-input", "checksum")]
 
 
+def test_a_storage_that_cannot_be_read_ends_the_run_but_fails_no_workflow() -> None:
+    scheduler, out = started(spec_of({}, {"data": (0,)}), committed={0}, max_rank_losses=2)
+    count = 0
+    while dispatched(out):
+        out = scheduler.handle(TaskFailed(1, count, "storage", "stale file handle"))
+        count += 1
+    assert count == 3
+    assert out == [Finish("RESUMABLE", 1, "storage", "stale file handle")]
+
+
 def test_a_record_that_got_through_late_counts_and_stops_the_rerun() -> None:
     scheduler, _ = started(spec_of({}, {"data": (0,), "checkpoint": "async"}, {}, {"data": (1, 2)}))
     scheduler.handle(TaskFinished(0, 0, 0))

@@ -209,3 +209,57 @@ def test_two_deaths_in_the_middle_of_everything() -> None:
     result = run_ranks(5, _many_deaths, env=ENV, kill=kill, timeout=60)
     assert [result[rank].exitcode for rank in range(5)] == [0, KILLED, 0, KILLED, 0], result[0].output
     assert all({0, 2, 4} <= set(result[rank].value) for rank in (0, 2, 4))
+
+
+def _barrier_and_death() -> float:
+    """Rank 2 dies where the others wait for it in a barrier."""
+    import time
+
+    store = _open()
+    store.barrier()
+    if store.rank == 2:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    store.barrier()
+    assert 2 not in store.ranks
+    noticed = time.monotonic()
+    store.barrier()
+    return time.monotonic() - noticed
+
+
+def test_a_barrier_does_not_wait_for_the_dead() -> None:
+    result = run_ranks(3, _barrier_and_death, env=ENV, timeout=60)
+    assert [result[rank].exitcode for rank in range(3)] == [0, 0, KILLED], result[0].output
+
+
+def _stopped_sender() -> Any:
+    """Rank 0 stops in the middle of a transfer and goes on when rank 1 has routed around it."""
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    store, oid = _open(), hm.ObjectID.from_name("x")
+    large = np.ones((48 << 20) // 8)  # allocated in a helper thread
+    if store.rank == 0:
+        store.put(large, oid)
+        store.put(np.array([os.getpid()]), hm.ObjectID.from_name("pid"))
+        store.barrier()
+    else:
+        pid = int(store.get(hm.ObjectID.from_name("pid"))[0])
+        store.barrier()
+        future = store.get_async(oid)
+        _until(lambda: store.statistics().bytes_received > CHUNK, "nothing comes")
+        os.kill(pid, signal.SIGSTOP)
+        _until(lambda: store.statistics().stalled, "it was not noticed")
+        os.kill(pid, signal.SIGCONT)
+        assert np.array_equal(future.result(), large)
+        # the memory that MPI may have written to is free again when that transfer is drained
+        _until(lambda: store.runtime.arena.statistics().recyclable >= large.nbytes, "memory is lost")
+        assert store.runtime.arena.statistics().quarantined == 0
+        assert store.runtime.arena.used() <= large.nbytes + 4096
+    store.barrier()
+
+
+def test_memory_of_a_stalled_transfer_comes_back() -> None:
+    result = run_ranks(2, _stopped_sender, env=ENV, timeout=60)
+    assert [result[rank].exitcode for rank in range(2)] == [0, 0], result[1].output

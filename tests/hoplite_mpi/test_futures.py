@@ -89,6 +89,24 @@ def test_callbacks_are_called_and_may_use_the_store(store: ObjectStore, name: Na
     assert seen == [b"value", b"from a callback"]
 
 
+def test_a_callback_may_wait_for_what_is_put_later(store: ObjectStore, name: Name) -> None:
+    called = threading.Event()
+    seen: list[object] = []
+
+    def callback(_: object) -> None:
+        seen.append(bytes(store.get(name("later"), timeout=20)))
+        called.set()
+
+    store.get_async(name("")).add_done_callback(callback)
+    store.barrier()
+    if store.rank == store.size - 1:
+        store.put(b"", name(""))
+        time.sleep(0.2)
+        store.put(b"later", name("later"))
+    assert called.wait(30)
+    assert seen == [b"later"]
+
+
 def test_cancel_gives_up_waiting_and_nothing_else(store: ObjectStore, name: Name) -> None:
     first, second = store.get_async(name("")), store.get_async(name(""))
     assert first.cancel()

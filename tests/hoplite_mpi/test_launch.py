@@ -51,6 +51,12 @@ def test_environment_and_rendezvous(tmp_path: Path) -> None:
     assert not ranks.rendezvous.exists()
 
 
+def test_stdout_can_be_turned_aside(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out, LocalRanks(1, ["-c", "print('here')"], stdout=out.fileno()) as ranks:
+        assert ranks.wait(30) == {0: 0}
+    assert (tmp_path / "out").read_text() == "here\n"
+
+
 def test_an_enclosing_launcher_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_RANK", "7")
     monkeypatch.setenv("PMI_FD", "99")

@@ -205,3 +205,15 @@ def test_a_reduce_is_explained(store: ObjectStore) -> None:
     assert 0 < small.predicted_seconds < large.predicted_seconds
     for choice in (small, large):
         assert choice.predicted_seconds == pytest.approx(choice.alternatives[choice.shape])
+
+
+def test_a_put_under_the_result_s_name_is_refused_and_harms_nothing(store: ObjectStore, name: Name) -> None:
+    sources = _put_sources(store, name, 3, LARGE)
+    rid = store.reduce(sources, object_id=name("sum"))
+    for _ in range(3):
+        used = store.runtime.arena.used()
+        with pytest.raises(hm.ObjectExistsError):
+            store.put(np.zeros(LARGE), rid)
+        assert (store.get(rid) == sum(_source(number, LARGE) for number in range(3))).all()
+        store.barrier()
+    assert store.runtime.arena.used() <= used

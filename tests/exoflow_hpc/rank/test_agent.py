@@ -9,7 +9,9 @@ from unittest.mock import Mock
 import pytest
 
 import exoflow_hpc as ef
+from exoflow_hpc import checkpoint
 from exoflow_hpc.compile import compile_workflow
+from exoflow_hpc.errors import StorageError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import Agent, output_id
 from exoflow_hpc.rank.loop import Loop
@@ -148,3 +150,16 @@ def test_damaged_checkpoint_is_told(harness: Harness, tmp_path: Path) -> None:
     assert isinstance(said, ms.Corrupt)
     assert (said.epoch, said.task, said.attempt) == (1, 0, 4)
     assert "1-0.0-0.h5" in said.text
+
+
+def test_storage_that_cannot_be_read_is_not_a_failure_of_the_task(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "read", Mock(side_effect=StorageError("stale file handle", 116)))
+    place = ms.InputPlace(0, "checkpoint", 4, file="1-0.0-0.h5", entry="f", checksum="00")
+    harness.said.clear()
+    harness.agent.handle(3, ms.Run(1, 0, 0, [place]))
+    assert harness.loop.run_until(lambda: bool(harness.said), 10)
+    (said,) = harness.said
+    assert isinstance(said, ms.Failed)
+    assert (said.kind, said.error[1]) == ("storage", "stale file handle")

@@ -501,30 +501,6 @@ say("done")
     assert process.wait() == 0
 
 
-def test_move_prefix(run: str, child: Any) -> None:
-    process = child(
-        """
-arena = Arena(run, 0, 0, memory_limit=2 << 20)
-region = arena.allocate(A, Meta.of_bytes(1 << 20), 5)
-region.data[:] = b"x" * (1 << 20)
-old = region.data
-fresh = arena.move_prefix(region, 1000)
-old[:] = b"y" * (1 << 20)
-assert bytes(fresh.data[:1000]) == b"x" * 1000
-fresh.seal()
-assert arena.exists(A, 5)
-region = fresh
-try:
-    arena.move_prefix(region, 1000)
-except StoreFullError:
-    say(bytes(region.data[:2]))  # as it was
-arena.close()
-"""
-    )
-    assert process.hear() == b"xx"
-    assert process.wait() == 0
-
-
 # -- closing
 
 
