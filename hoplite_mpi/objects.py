@@ -10,7 +10,7 @@ from typing import Any
 
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import Arena, Pinned, Region
+from hoplite_mpi.memory import Memory, Pinned, Region
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.reserving import Reserver
@@ -76,7 +76,7 @@ class Objects:
         engine: Engine,
         fabric: Fabric,
         transfers: Transfers,
-        arena: Arena,
+        memory: Memory,
         reserver: Reserver,
         handle: Callable[[ev.Event], None],
         out_of_memory: Callable[[ObjectID, HopliteError], None],
@@ -84,7 +84,7 @@ class Objects:
         self._engine = engine
         self._fabric = fabric
         self._transfers = transfers
-        self._arena = arena
+        self._memory = memory
         self._reserver = reserver
         self._handle = handle
         #: told when there is no room to receive an object
@@ -158,7 +158,7 @@ class Objects:
         old, valid = copy.region, copy.stream.data[: copy.stream.progress]
 
         def work() -> Region:
-            region = self._arena.allocate(copy.oid, copy.meta, copy.version)
+            region = self._memory.allocate(copy.oid, copy.meta, copy.version)
             region.data[: len(valid)] = valid
             return region
 
@@ -228,14 +228,14 @@ class Objects:
     def _sealed(self, copy: Copy, region: Region) -> bool:
         """Publish the bytes on this node; return whether the copy has them now, be it from another process of the node."""
         fresh = region.seal()
-        pinned = self._arena.map(copy.oid, copy.version)
+        pinned = self._memory.map(copy.oid, copy.version)
         if pinned is None or not (fresh or equal(pinned.buffer, region.data)):
             return False
         copy.region, copy.pinned, copy.stream.keep = None, pinned, pinned
         return True
 
     def map_local(self, what: ev.MapLocal) -> None:
-        pinned = self._arena.map(what.oid, what.version)
+        pinned = self._memory.map(what.oid, what.version)
         if pinned is None:
             self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
             return
@@ -273,7 +273,7 @@ class Objects:
         copy = self._copies.get(oid)
         if copy is not None and copy.version <= version:
             if copy.pinned is not None:  # else what the node has is another rank's
-                self._arena.delete(oid, copy.version)
+                self._memory.delete(oid, copy.version)
             self._forget(copy)
 
     def _drop_other(self, oid: ObjectID, version: int) -> None:

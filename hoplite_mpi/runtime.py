@@ -15,7 +15,7 @@ from mpi4py import MPI
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import Arena
+from hoplite_mpi.memory import Arena, HostMemory, Memory
 from hoplite_mpi.objects import Objects, Ready
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import membership_messages as ms
@@ -78,7 +78,9 @@ class Runtime:
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
         self.reserver = Reserver(self.engine)
-        parts = (self.engine, self.fabric, self.transfers, self.arena, self.reserver)
+        #: what objects live in; another kind of memory is another one of these
+        self.memory: Memory = HostMemory(self.arena)
+        parts = (self.engine, self.fabric, self.transfers, self.memory, self.reserver)
         self.objects = Objects(*parts, self.handle, self._no_memory)
         self.slots = Slots(*parts, self.objects, self.handle, self.me)
         member = Member(place.rank, place.incarnation, place.node, self.side.address)

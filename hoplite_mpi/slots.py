@@ -16,7 +16,7 @@ import numpy as np
 
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import Arena, Region, kernels
+from hoplite_mpi.memory import Event, Memory, Region, kernels
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.objects import Objects
 from hoplite_mpi.protocol import events as ev
@@ -24,6 +24,7 @@ from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.testing import fault
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
+from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
 from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
 
@@ -95,7 +96,7 @@ class Slots:
         engine: Engine,
         fabric: Fabric,
         transfers: Transfers,
-        arena: Arena,
+        memory: Memory,
         reserver: Reserver,
         objects: Objects,
         handle: Callable[[ev.Event], None],
@@ -105,7 +106,7 @@ class Slots:
         self._engine = engine
         self._fabric = fabric
         self._transfers = transfers
-        self._arena = arena
+        self._memory = memory
         self._reserver = reserver
         self._objects = objects
         self._handle = handle
@@ -133,8 +134,8 @@ class Slots:
 
         def allocate() -> Region:
             if what.is_root:
-                return self._arena.allocate(what.rid, what.meta, what.generation)
-            return self._arena.allocate_private(what.meta.nbytes)
+                return self._memory.allocate(what.rid, what.meta, what.generation)
+            return self._memory.allocate_private(what.meta.nbytes)
 
         if what.is_root or what.num_children:
             self._reserver.get(what.meta.nbytes, allocate, lambda region: self._reserved(starting, region))
@@ -277,16 +278,25 @@ class Slots:
             left: Any = np.frombuffer(slot.source.data[start:stop], dtype)
             for number in sorted(slot.children):
                 chunk_of_child = np.frombuffer(slot.children[number].chunk(slot.done, start, stop), dtype)
-                kernels.reduce_into(what.op, output, left, chunk_of_child)
+                await self._done(self._memory.reduce(what.op, output, left, chunk_of_child))
                 left = output
             if left is not output:
-                output[...] = left
+                await self._done(self._memory.copy(output, left))
+            if slot.stopped:
+                return
             slot.done += 1
             slot.output.advance(stop)
             for child in slot.children.values():
                 if child.incoming is not None:
                     first = child.incoming.offset // chunk
                     self._transfers.allow(child.incoming, slot.done + len(child.buffers) - first)
+
+    async def _done(self, event: Event) -> None:
+        """Wait for an operation on memory; one on host memory is done when it returns."""
+        while not event.done():
+            tick = Signal(self._engine)
+            self._engine.after(0.0, tick.fire)
+            await tick
 
     @staticmethod
     def _has(slot: _Slot, stop: int) -> bool:

@@ -101,7 +101,7 @@ class ObjectStore:
 
     def adopt(self, oid: ObjectID) -> Meta:
         """Announce an object that another process of this node (a worker) has sealed in the arena under a fresh id; return its meta."""
-        pinned = self._runtime.arena.map(oid)
+        pinned = self._runtime.memory.map(oid)
         if pinned is None:
             raise ObjectLostError(f"{oid} is not in this node's arena")
         self._store(oid, pinned.meta, bytes(oid), None, pinned, confirm=False)
@@ -116,17 +116,17 @@ class ObjectStore:
 
     def _seal(self, oid: ObjectID, meta: Meta, source: memoryview) -> tuple[Pinned, bool]:
         """Return the sealed bytes, and whether it was this call that sealed them."""
-        arena = self._runtime.arena
-        known, fresh = arena.map(oid), False
+        memory = self._runtime.memory
+        known, fresh = memory.map(oid), False
         if known is None:
-            region = arena.allocate(oid, meta)
+            region = memory.allocate(oid, meta)
             try:
-                np.copyto(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8))
+                memory.copy(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)).wait()
                 fresh = region.seal()
             except BaseException:
                 region.abandon()
                 raise
-            known = arena.map(oid)
+            known = memory.map(oid)
             if known is None:
                 raise ObjectDeletedError(f"{oid} was deleted while it was being put")
         if not fresh and not (known.meta == meta and equal(known.buffer, source)):
@@ -154,7 +154,7 @@ class ObjectStore:
                 runtime.objects.stored(oid, meta, pinned)
             runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
             if fresh and not taken:  # something else is known here under that id
-                runtime.arena.delete(oid)
+                runtime.memory.delete(oid)
 
         self._locked(begin)
         future.result()

@@ -47,12 +47,15 @@ class HostMemory:
     def map(self, oid: ObjectID, version: int = 0) -> Pinned | None:
         return self.arena.map(oid, version)
 
+    def delete(self, oid: ObjectID, version: int = 0) -> bool:
+        return self.arena.delete(oid, version)
+
     def copy(self, target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> Event:
         np.copyto(target, source, casting="no")
         return _DONE
 
     def reduce(
-        self, op: ReduceOp, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
+        self, op: ReduceOp | str, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
     ) -> Event:
         reduce_into(op, out, a, b)
         return _DONE

@@ -48,6 +48,10 @@ class Memory(Protocol):
         """Return a view of a sealed object of this node, without copying; None if there is none."""
         ...
 
+    def delete(self, oid: ObjectID, version: int = 0) -> bool:
+        """Take a sealed object away from this node; whoever has it mapped keeps it. Return whether it was there."""
+        ...
+
     def copy(self, target: Any, source: Any) -> Event:
         """Begin to copy *source* to *target*, of the same size and not overlapping.
 
@@ -55,6 +59,6 @@ class Memory(Protocol):
         """
         ...
 
-    def reduce(self, op: ReduceOp, out: Any, a: Any, b: Any) -> Event:
+    def reduce(self, op: ReduceOp | str, out: Any, a: Any, b: Any) -> Event:
         """Begin to set *out* to *a* op *b*, element by element; *out* may be *a* or *b*."""
         ...
