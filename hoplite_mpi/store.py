@@ -36,6 +36,9 @@ from hoplite_mpi.waiting import Waiting
 
 __all__ = ["ObjectStore", "Statistics"]
 
+#: how often a put begins again because somebody took away what was sealed under its id
+_SEAL_ATTEMPTS = 20
+
 
 class ObjectStore:
     """Immutable objects that every rank can put and get. Thread-safe. Made by `hoplite_mpi.init`."""
@@ -117,18 +120,22 @@ class ObjectStore:
     def _seal(self, oid: ObjectID, meta: Meta, source: memoryview) -> tuple[Pinned, bool]:
         """Return the sealed bytes, and whether it was this call that sealed them."""
         memory = self._runtime.memory
-        known, fresh = memory.map(oid), False
-        if known is None:
-            region = memory.allocate(oid, meta)
-            try:
-                memory.copy(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)).wait()
-                fresh = region.seal()
-            except BaseException:
-                region.abandon()
-                raise
-            known = memory.map(oid)
+        for _ in range(_SEAL_ATTEMPTS):
+            known, fresh = memory.map(oid), False
             if known is None:
-                raise ObjectDeletedError(f"{oid} was deleted while it was being put")
+                region = memory.allocate(oid, meta)
+                try:
+                    memory.copy(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)).wait()
+                    fresh = region.seal()
+                except BaseException:
+                    region.abandon()
+                    raise
+                known = memory.map(oid)
+            if known is not None:
+                break
+            # another rank of this node put under the same id at the same time, was refused, and took its bytes away
+        else:
+            raise ObjectDeletedError(f"{oid} was deleted again and again while it was being put")
         if not fresh and not (known.meta == meta and equal(known.buffer, source)):
             raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
         return known, fresh

@@ -151,10 +151,10 @@ class Fabric:
     def _listen(self, link: Link) -> None:
         assert link.comm is not None
         slot = bytearray(CONTROL_SLOT)
-        request = link.comm.Recv_init([slot, MPI.BYTE], link.dest, _CONTROL_TAG)
 
         def post() -> None:
-            request.Start()
+            assert link.comm is not None
+            request = link.comm.Irecv([slot, MPI.BYTE], link.dest, _CONTROL_TAG)
             self._engine.watch(request, arrived, passive=True)
 
         def arrived(error: BaseException | None) -> None:

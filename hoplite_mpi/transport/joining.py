@@ -32,6 +32,8 @@ log = logging.getLogger("hoplite_mpi.joining")
 #: kinds of side-channel messages that are ours
 WANT, GO, READY = 10, 11, 12
 KINDS = (WANT, GO, READY)
+#: seconds for one attempt to free an accept; it takes one or two
+_FREE_TIMEOUT = 6.0
 #: variables that would make another process believe that it is this one
 _OF_THIS_PROCESS = ("PMI", "HYDI_", "MPI_LOCAL", "HOPLITE_")
 
@@ -173,18 +175,17 @@ class Joiner:
 
     def _free(self, job: _Job) -> None:
         """Free an accept whose peer died before it connected: a connect from any live process does."""
-        port = job.port
-        if port is None:
-            return
         code = "import os, sys; from mpi4py import MPI; MPI.COMM_SELF.Connect(sys.argv[1]); os._exit(0)"
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(
-                [launch.find_mpiexec(), "-n", "1", sys.executable, "-c", code, port],
-                env={k: v for k, v in os.environ.items() if not k.startswith(_OF_THIS_PROCESS)},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=self._engine.config.join_timeout,
-            )
+        # again until the accept is over: a connect can fail, and all other joins wait behind this one
+        while (port := job.port) is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(
+                    [launch.find_mpiexec(), "-n", "1", sys.executable, "-c", code, port],
+                    env={k: v for k, v in os.environ.items() if not k.startswith(_OF_THIS_PROCESS)},
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=_FREE_TIMEOUT,
+                )
 
 
 def _give_up(peer: PeerKey) -> None:
