@@ -2,7 +2,7 @@
 
 A request is completed by `Request.Testsome`; whoever waits for one is a coroutine or a callback. The lock is held by the progress
 thread or, while it waits for something, by the user's own thread, which then drives the engine itself: that saves the two changes
-of thread (some 50 µs each) that a hand-over to the progress thread costs. An engine without traffic blocks on its sockets.
+of thread that a hand-over to the progress thread costs. An engine without traffic blocks on its sockets.
 """
 
 from __future__ import annotations
