@@ -126,7 +126,7 @@ def find_mpiexec() -> str:
 
 
 @functools.cache
-def _mpiexec_command(mpiexec: str) -> tuple[str, ...]:
+def mpiexec_command(mpiexec: str) -> tuple[str, ...]:
     """Return mpiexec with the arguments for one process on this machine."""
     answer = subprocess.run(
         [mpiexec, "--version"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
@@ -235,7 +235,7 @@ class LocalRanks:
         self._rank_env = {rank: dict(more) for rank, more in (rank_env or {}).items()}
         self._hosts = hosts
         self._cwd = cwd
-        self._mpiexec = _mpiexec_command(find_mpiexec())
+        self._mpiexec = mpiexec_command(find_mpiexec())
         #: incarnation that was started last
         self.incarnations: dict[int, int] = {}
         #: mpiexec of the last incarnation; its exit is the rank's

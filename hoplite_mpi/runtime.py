@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -67,7 +66,13 @@ class Runtime:
         )
         self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
         self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
-        self.joiner = Joiner(self.engine, self.side, is_senior=self._is_senior, on_joined=self._joined)
+        self.joiner = Joiner(
+            self.engine,
+            self.side,
+            is_senior=self._is_senior,
+            address_of=self._address_of,
+            on_joined=self._joined,
+        )
         self.liveness = Liveness(
             self.engine,
             self.side,
@@ -163,8 +168,8 @@ class Runtime:
 
         A rank that had joined so has been seen to end by SIGSEGV, and the mpiexec of a single process doesn't miss the call.
         """
-        stopped = all(thread.ident != self.engine.thread_ident for thread in threading.enumerate())
-        return self.place.comm is not None and self.left and not self.peers_lost and not self.joiner.busy and stopped
+        under_way = self.joiner.busy or self.engine.running
+        return self.place.comm is not None and self.left and not self.peers_lost and not under_way
 
     def _shut(self) -> None:
         if self.closed is None:
@@ -337,6 +342,12 @@ class Runtime:
 
     def _reachable(self, address: tuple[str, int], node: str) -> tuple[str, int]:
         return ("127.0.0.1", address[1]) if node == self.place.node else address
+
+    def _address_of(self, peer: PeerKey) -> tuple[str, int] | None:
+        member = None if self.view is None else self.view.members.get(peer[0])
+        if member is None or member.incarnation != peer[1]:
+            return None
+        return self._reachable(member.address, member.node)
 
     def _is_senior(self, peer: PeerKey) -> bool:
         """Return whether this process is older than the peer: the older incarnation, of equals the lower rank."""

@@ -77,7 +77,8 @@ class Engine:
         self.may_sleep: Callable[[], bool] = lambda: True
         self._blocked = False
         self._waiters = 0
-        self._steered = 0
+        #: threads that drive the engine while they wait; the progress thread leaves it to them
+        self._steering: set[int] = set()
         self._last_traffic = time.monotonic()
         self._next_sockets = 0.0
         self._closing = False
@@ -96,9 +97,14 @@ class Engine:
 
     @property
     def thread_ident(self) -> int:
-        """Identifier of the progress thread."""
+        """Identifier of the progress thread, which another thread may have after it."""
         assert self._thread is not None and self._thread.ident is not None, "the engine was not started"
         return self._thread.ident
+
+    @property
+    def running(self) -> bool:
+        """Whether the progress thread is there. Any thread."""
+        return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
         """Stop the progress thread; requests that are still pending stay with MPI."""
@@ -153,7 +159,7 @@ class Engine:
         self._after.append(callback)
 
     def add_socket(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
-        """Call *callback(events)* when the file descriptor is ready."""
+        """Call *callback(events)* when the file descriptor is ready, or was: another thread may have been quicker to read it."""
         self._sockets[fd] = callback
         self._epoll.register(fd, events)
 
@@ -222,8 +228,9 @@ class Engine:
     def _steer(self, done: Callable[[], bool], deadline: float | None) -> None:
         """Drive the engine from a waiting user thread while there is traffic."""
         guard = self._guard
-        in_main = threading.get_ident() == self._main_thread
-        self._steered += 1
+        me = threading.get_ident()
+        in_main = me == self._main_thread
+        self._steering.add(me)
         guard.driving = guard.driving or in_main
         try:
             self._last_traffic = max(self._last_traffic, time.monotonic())
@@ -238,7 +245,9 @@ class Engine:
                     finally:
                         self.lock.release()
                         if self._after:
+                            self._steering.discard(me)  # a callback may block: then the progress thread drives
                             self._run_outside()
+                            self._steering.add(me)
                 else:
                     time.sleep(_NAP)
                     now = time.monotonic()
@@ -252,7 +261,7 @@ class Engine:
                 elif quiet > 0:
                     os.sched_yield()
         finally:
-            self._steered -= 1
+            self._steering.discard(me)
             if in_main:
                 guard.leave()
 
@@ -261,7 +270,7 @@ class Engine:
         _shorten_naps()
         try:
             while not self._closing:
-                if self._steered:
+                if self._steering:
                     time.sleep(_LONG_NAP / 2)
                     continue
                 if self._waiters:

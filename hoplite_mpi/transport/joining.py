@@ -4,6 +4,9 @@ Both block, so they run in a helper thread, one at a time, in the order in which
 accepts and the junior connects, so that only the process without state can crash in it. *go* (with the port's name) and
 *ready* are exchanged over the side channel just before, so a process is in accept only while the other is known to be about
 to connect. The senior of a pair never waits for a more senior one, so the waits have no cycle.
+
+MPICH holds its lock for as long as accept or connect lasts, so if the peer dies meanwhile, every other MPI call of this process blocks,
+the engine's with the engine's lock. So a thread that needs neither lock watches the peer, by calling its side channel's address.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import contextlib
 import logging
 import os
 import queue
+import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mpi4py import MPI
@@ -34,6 +40,10 @@ WANT, GO, READY = 10, 11, 12
 KINDS = (WANT, GO, READY)
 #: seconds for one attempt to free an accept; it takes one or two
 _FREE_TIMEOUT = 6.0
+#: seconds between looks at a peer that is being joined; a join takes some hundredths of a second
+_LOOK_PERIOD = 0.2
+#: seconds until a join that failed though both live is tried again
+_RETRY_PERIOD = 1.0
 #: variables that would make another process believe that it is this one
 _OF_THIS_PROCESS = ("PMI", "HYDI_", "MPI_LOCAL", "HOPLITE_")
 
@@ -44,14 +54,15 @@ class _Job:
     def __init__(self, peer: PeerKey, accepts: bool) -> None:
         self.peer = peer
         self.accepts = accepts
+        #: where the peer's side channel listens; None if that isn't known
+        self.address: tuple[str, int] | None = None
         self.port: str | None = None
         self.ready = threading.Event()
         self.dead = False
-
-    def open(self, port: str) -> bool:
-        """Say that accept is about to be called on *port*; return whether the peer is already dead. Under the engine's lock."""
-        self.port = port
-        return self.dead
+        #: accept or connect has come back
+        self.over = threading.Event()
+        #: the accept was ended by a helper of ours
+        self.freed = False
 
 
 class Joiner:
@@ -63,12 +74,15 @@ class Joiner:
         side: SideChannel,
         *,
         is_senior: Callable[[PeerKey], bool],
+        address_of: Callable[[PeerKey], tuple[str, int] | None],
         on_joined: Callable[[PeerKey, MPI.Comm], None],
     ) -> None:
         self._engine = engine
         self._side = side
         #: whether this process is the senior one of it and the peer
         self._is_senior = is_senior
+        #: where a peer's side channel listens
+        self._address_of = address_of
         self._on_joined = on_joined
         self._jobs: dict[PeerKey, _Job] = {}
         #: pairs connect once in their life: doing it again is known to crash
@@ -102,8 +116,6 @@ class Joiner:
         if job is not None:
             job.dead = True
             job.ready.set()
-            if job.accepts and job.port is not None:
-                threading.Thread(target=self._free, args=(job,), name="hoplite-free-accept", daemon=True).start()
 
     def stop(self) -> None:
         """End the helper thread when it is done with what it does."""
@@ -136,56 +148,92 @@ class Joiner:
     def _ended(self, job: _Job, comm: MPI.Comm | None) -> None:
         del self._jobs[job.peer]
         if comm is None:
+            if not job.accepts and not job.dead:
+                self._engine.after(_RETRY_PERIOD, lambda: self.want(job.peer))
             return
         self._joined.add(job.peer)
         if not job.dead:
             self._on_joined(job.peer, comm)
 
     def _accept(self, job: _Job) -> MPI.Comm | None:
-        port = MPI.Open_port()
+        job.port = MPI.Open_port()
         try:
-            self._engine.run(lambda: self._side.send(job.peer, GO, port))
+            self._engine.run(lambda: self._tell(job, GO, job.port))
             if not job.ready.wait(self._engine.config.evict_timeout) or job.dead:
                 return None
-            if self._engine.run(lambda: job.open(port)):
-                return None
             fault.point("join.before_accept")
-            comm = MPI.COMM_SELF.Accept(port)
-            if job.dead:  # freed by our own helper, not by the peer
+            with self._watched(job):
+                comm = MPI.COMM_SELF.Accept(job.port)
+            if job.freed:  # this is our own helper, not the peer
                 return None
             comm.Set_errhandler(MPI.ERRORS_RETURN)
             return comm
         finally:
-            job.port = None
-            MPI.Close_port(port)
+            MPI.Close_port(job.port)
 
     def _connect(self, job: _Job) -> MPI.Comm:
         assert job.port is not None
-        self._engine.run(lambda: self._side.send(job.peer, READY, None))
+        self._engine.run(lambda: self._tell(job, READY, None))
         fault.point("join.before_connect")
-        watchdog = threading.Timer(self._engine.config.join_timeout, _give_up, (job.peer,))
-        watchdog.daemon = True
-        watchdog.start()
-        try:
+        with self._watched(job):
             comm = MPI.COMM_SELF.Connect(job.port)
-        finally:
-            watchdog.cancel()
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         return comm
 
+    def _tell(self, job: _Job, kind: int, body: str | None) -> None:
+        job.address = self._address_of(job.peer)
+        self._side.send(job.peer, kind, body)
+
+    @contextlib.contextmanager
+    def _watched(self, job: _Job) -> Iterator[None]:
+        threading.Thread(target=self._watch, args=(job,), name="hoplite-watch-join", daemon=True).start()
+        try:
+            yield
+        finally:
+            job.over.set()
+
+    def _watch(self, job: _Job) -> None:
+        """End a join whose peer is gone, or that takes too long. In a thread of its own, without the engine's lock."""
+        config = self._engine.config
+        deadline = time.monotonic() + config.join_timeout
+        while not job.over.wait(_LOOK_PERIOD):
+            if job.dead or time.monotonic() > deadline or _is_gone(job.address, config.keepalive_timeout):
+                if job.over.wait(_LOOK_PERIOD):  # it may have ended just before the peer did
+                    return
+                if not job.accepts:
+                    _give_up(job.peer)
+                job.freed = True
+                self._free(job)
+
     def _free(self, job: _Job) -> None:
-        """Free an accept whose peer died before it connected: a connect from any live process does."""
+        """Free an accept to which nobody will connect: a connect from any live process does."""
+        assert job.port is not None
         code = "import os, sys; from mpi4py import MPI; MPI.COMM_SELF.Connect(sys.argv[1]); os._exit(0)"
-        # again until the accept is over: a connect can fail, and all other joins wait behind this one
-        while (port := job.port) is not None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run(
-                    [launch.find_mpiexec(), "-n", "1", sys.executable, "-c", code, port],
-                    env={k: v for k, v in os.environ.items() if not k.startswith(_OF_THIS_PROCESS)},
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=_FREE_TIMEOUT,
-                )
+        command = [*launch.mpiexec_command(launch.find_mpiexec()), sys.executable, "-c", code, job.port]
+        # with HOPLITE_RUN it is found, and ended, with the run
+        own = {name for name in os.environ if name.startswith(_OF_THIS_PROCESS)} - {"HOPLITE_RUN"}
+        environment = {name: value for name, value in os.environ.items() if name not in own}
+        # again until the accept is over: a connect can fail, and the whole rank waits behind this one
+        while not job.over.is_set():
+            helper = launch.spawn_tied(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                helper.wait(_FREE_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(helper.pid, signal.SIGKILL)
+                helper.wait()
+
+
+def _is_gone(address: tuple[str, int] | None, timeout: float) -> bool:
+    """Whether nobody listens any more at the address of a peer, or its host is silent for *timeout* seconds."""
+    if address is None:
+        return False
+    try:
+        socket.create_connection(address, timeout).close()
+    except OSError:
+        return True
+    return False
 
 
 def _give_up(peer: PeerKey) -> None:

@@ -88,3 +88,26 @@ def test_a_program_that_opens_no_store_ends_mpi_all_the_same() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+def test_a_thread_that_comes_later_does_not_pass_for_the_engine() -> None:
+    """The system gives the identifier of a thread that has ended to another one; MPI is to be finalized all the same."""
+    code = """
+import atexit
+atexit.register(lambda: print(MPI.Is_finalized()))
+import threading
+import hoplite_mpi as hm
+from mpi4py import MPI
+
+store = hm.init()
+store.close()
+for _ in range(1000):
+    thread = threading.Thread(target=threading.Event().wait, daemon=True)
+    thread.start()
+    if thread.ident == store.runtime.engine.thread_ident:
+        print("reused")
+        break
+"""
+    command = [find_mpiexec(), "-n", "1", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.stdout.split() == ["reused", "True"], done.stderr

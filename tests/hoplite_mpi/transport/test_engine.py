@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -160,9 +161,15 @@ def test_unwatch_gives_back_a_request_that_never_completes(engine: Engine) -> No
 
 def test_sockets_wake_a_blocked_engine(engine: Engine) -> None:
     ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     read: list[bytes] = []
+
+    def readable(mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):  # another thread of the engine was quicker
+            read.append(ours.recv(100))
+
     with ours, theirs:
-        engine.run(lambda: engine.add_socket(ours.fileno(), lambda mask: read.append(ours.recv(100))))
+        engine.run(lambda: engine.add_socket(ours.fileno(), readable))
         theirs.send(b"ring")
         assert wait_for(engine, lambda: bool(read))
         assert read == [b"ring"]
@@ -187,6 +194,32 @@ def test_callbacks_for_outside_run_without_the_lock(engine: Engine) -> None:
     engine.run(lambda: engine.outside(outside))
     assert over.wait(10)
     assert held == [False]
+
+
+def test_a_callback_that_blocks_a_waiting_thread_does_not_stop_the_engine(engine: Engine) -> None:
+    """The progress thread drives while the thread that waits, and drives otherwise, is in the callback."""
+    over, ran_in = threading.Event(), []
+
+    def block() -> None:
+        ran_in.append(threading.current_thread())
+        engine.run(lambda: engine.after(0.01, over.set))
+        assert over.wait(20)
+
+    def post() -> None:
+        if threading.current_thread() is threading.main_thread():
+            engine.outside(block)
+        else:
+            engine.after(0.001, post)
+
+    engine.run(lambda: engine.after(0.0, post))
+    assert wait_for(engine, lambda: over.is_set() or not keep_traffic(engine))
+    assert ran_in == [threading.main_thread()]
+
+
+def keep_traffic(engine: Engine) -> bool:
+    """Keep a waiting thread from leaving the engine to the progress thread."""
+    engine.run(lambda: exchange(engine, 1, []))
+    return True
 
 
 def test_an_interrupt_never_tears_a_step() -> None:
