@@ -32,7 +32,7 @@ from hoplite_mpi.errors import (
     StoreFullError,
 )
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MIN, PROD, SUM, ReduceOp, sweep
+from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, sweep
 from hoplite_mpi.messaging import Mailbox
 from hoplite_mpi.transport import guard
 
@@ -45,6 +45,7 @@ __all__ = [
     "BXOR",
     "DEFAULT",
     "MAX",
+    "MEAN",
     "MIN",
     "PROD",
     "SUM",

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import Arena, HostMemory, Memory
+from hoplite_mpi.memory import Arena, HostMemory, Memory, reduce_bytes
 from hoplite_mpi.objects import Objects, Ready
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import membership_messages as ms
@@ -23,7 +23,7 @@ from hoplite_mpi.protocol.core import Protocol
 from hoplite_mpi.protocol.membership import Membership
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.reserving import Reserver
-from hoplite_mpi.slots import Slots, reduce_bytes
+from hoplite_mpi.slots import Slots
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
 from hoplite_mpi.transport.engine import Engine

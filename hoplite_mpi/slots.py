@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Event, Memory, Region, kernels
-from hoplite_mpi.meta import Meta
 from hoplite_mpi.objects import Objects
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.reserving import Reserver
@@ -28,7 +27,7 @@ from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
 from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
 
-__all__ = ["Slots", "reduce_bytes", "slot_key"]
+__all__ = ["Slots", "slot_key"]
 
 log = logging.getLogger("hoplite_mpi.slots")
 
@@ -284,6 +283,8 @@ class Slots:
                 await self._done(self._memory.copy(output, left))
             if slot.stopped:
                 return
+            if what.is_root:
+                kernels.finish(what.op, output, what.num_objects)
             slot.done += 1
             slot.output.advance(stop)
             for child in slot.children.values():
@@ -343,14 +344,3 @@ class Slots:
 
 def _chunk_buffer(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))
-
-
-def reduce_bytes(op: str, inputs: Sequence[bytes], meta: Meta) -> bytes:
-    """Return the reduction of small objects, in the order given; half-precision floats are accumulated in float32."""
-    dtype = meta.dtype if meta.dtype is not None else np.dtype(np.uint8)
-    kernels.op_by_name(op).check(dtype)
-    wide = np.dtype(np.float32) if dtype.itemsize == 2 and dtype.kind not in "iub" else dtype
-    total = np.frombuffer(inputs[0], dtype).astype(wide)
-    for data in inputs[1:]:
-        kernels.reduce_into(op, total, total, np.frombuffer(data, dtype).astype(wide, copy=False))
-    return total.astype(dtype, copy=False).tobytes()

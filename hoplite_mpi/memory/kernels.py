@@ -141,7 +141,7 @@ def finish(op: ReduceOp | str, out: np.ndarray[Any, Any], count: int) -> None:
 
 
 def reduce_bytes(op: ReduceOp | str, inputs: Sequence[bytes], meta: Meta) -> bytes:
-    """Return the reduction of *inputs*, small objects of *meta*, in their order; ReduceError."""
+    """Return the reduction of *inputs*, small objects of *meta*, in their order; halves are added up in float32. ReduceError."""
     dtype = np.dtype(np.uint8) if meta.dtype is None else meta.dtype
     op = op_by_name(op) if isinstance(op, str) else op
     op.check(dtype)
@@ -149,8 +149,9 @@ def reduce_bytes(op: ReduceOp | str, inputs: Sequence[bytes], meta: Meta) -> byt
         raise ReduceError(
             f"{op.name}: inputs of {[len(one) for one in inputs]} bytes where {meta.nbytes} were expected"
         )
-    out = np.frombuffer(inputs[0], dtype).copy()
+    wide = np.dtype(np.float32) if _is_half(dtype) else dtype
+    out = np.frombuffer(inputs[0], dtype).astype(wide)
     for one in inputs[1:]:
         reduce_into(op, out, out, np.frombuffer(one, dtype))
     op.finish(out, len(inputs))
-    return out.tobytes()
+    return out.astype(dtype, copy=False).tobytes()

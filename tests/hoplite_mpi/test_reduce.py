@@ -64,6 +64,17 @@ def test_operations(store: ObjectStore, name: Name, op: str, dtype: str, size: i
     assert store.reduced_from(rid) == set(sources)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "c16"])
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_the_mean_is_the_sum_divided_by_the_number_of_sources(
+    store: ObjectStore, name: Name, size: int, dtype: str, count: int
+) -> None:
+    got = store.get(_reduce(store, name, _put_sources(store, name, count, size, dtype), op=hm.MEAN))
+    total = sum(_source(number, size, dtype) for number in range(count))
+    np.testing.assert_array_equal(got, (total / np.dtype(dtype).type(count)).astype(dtype))
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_one_source(store: ObjectStore, name: Name, size: int) -> None:
     rid = _reduce(store, name, _put_sources(store, name, 1, size))
