@@ -32,7 +32,7 @@ from hoplite_mpi.errors import (
     StoreFullError,
 )
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, sweep
+from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, sweep, unlink_own_segments
 from hoplite_mpi.messaging import Mailbox
 from hoplite_mpi.transport import guard
 
@@ -78,11 +78,15 @@ def init(comm: Any = None, *, memory_limit: int | None = None, config: Config | 
 
     memory_limit: bytes of shared memory that this rank may hold. Says on stderr which fault mode it found, and why (rank 0).
     """
+    from mpi4py import MPI
+
     from hoplite_mpi.runtime import Runtime
     from hoplite_mpi.store import ObjectStore
     from hoplite_mpi.transport.bootstrap import find_place
     from hoplite_mpi.transport.modes import find_mode
 
+    if MPI.COMM_WORLD.Get_size() == 1:
+        unlink_own_segments()
     settings = Config.from_environment(config)
     if memory_limit is not None:
         settings = dataclasses.replace(settings, memory_limit=memory_limit)

@@ -59,15 +59,17 @@ def _finalize() -> None:
 
 
 def _end() -> None:
-    closed_in_time = True
     for store in list(_open):
-        closed_in_time &= store.closed
         store.close()
+        store.runtime.arena.release()  # too late now for what it would register with atexit itself
+    from hoplite_mpi.memory import unlink_own_segments
+
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
         return
-    # A store that was left open means an error on this rank: the others may not come to their end at all.
-    if not closed_in_time or not all(is_clean() for is_clean in _clean):
+    # After an error on this rank the others may not come to their end at all.
+    if getattr(sys, "last_value", None) is not None or not all(is_clean() for is_clean in _clean):
+        unlink_own_segments()  # which MPI_Finalize would have done
         return
     if _helper is None:
         mpi.Finalize()

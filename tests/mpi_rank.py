@@ -16,6 +16,7 @@ def main() -> int:
     """Run pytest with the arguments after the first, which is the directory for the output of the other ranks."""
     rank = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
     if rank != "0":
+        Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
         output = os.open(Path(sys.argv[1], f"rank.{rank}.out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)

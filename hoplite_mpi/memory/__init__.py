@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._sweep import sweep
+from ._sweep import sweep, unlink_own_segments
 from .arena import Arena, ArenaStatistics, arena_directory
 from .host import HostMemory
 from .interface import Event, Memory
@@ -33,4 +33,5 @@ __all__ = [
     "reduce_bytes",
     "reduce_into",
     "sweep",
+    "unlink_own_segments",
 ]

@@ -167,11 +167,18 @@ class Roster:
         return True
 
     def leave(self) -> None:
-        """Give the slot up: from now on its pins count for nothing. Keeps the directory. May be called twice."""
-        if not self._file.closed:
-            # unlocked first: a forked child may have inherited the descriptor, and with it the lock
-            _lock(self._file.fileno(), fcntl.F_UNLCK, 0, SLOTS)
-            self._file.close()
+        """Give the slot up: from now on its pins count for nothing. The last one to leave removes the directory.
+
+        May be called twice.
+        """
+        if self._file.closed:
+            return
+        # unlocked first: a forked child may have inherited the descriptor, and with it the lock
+        _lock(self._file.fileno(), fcntl.F_UNLCK, 0, SLOTS)
+        self._file.close()
+        # not before: of two that look at each other while both have a slot, neither is the last
+        with suppress(OSError):
+            remove_if_unused(self.directory)
 
     def abandon(self) -> None:
         """Close the descriptor but leave the lock to the process that this one was forked from."""

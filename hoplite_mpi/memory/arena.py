@@ -352,9 +352,10 @@ class Arena(Allocator):
                 return
             self._leave_if_unpinned()
             if self._exported:
-                atexit.register(self._at_exit)
+                atexit.register(self.release)
 
-    def _at_exit(self) -> None:
+    def release(self) -> None:
+        """Let go of the arena although there are views: the process ends. They stay valid until then, but pin no longer."""
         self._roster.remove_if_last()
         self._roster.leave()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +21,9 @@ PAYLOAD = "payload.pickle"
 #: files that a rank writes there: when its program begins, and its value; formatted with rank and incarnation
 BEGUN = "begun.{}.{}"
 VALUE = "value.{}.{}"
+
+#: seconds before the deadline of the run at which a rank says what it is doing
+_DUMP_BEFORE = 1.0
 
 
 def _write(name: str, content: bytes) -> None:
@@ -50,6 +55,8 @@ def _main() -> NoReturn:
     try:
         payload = pickle.loads((Path(os.environ["HOPLITE_RENDEZVOUS"]) / PAYLOAD).read_bytes())
         sys.path[:] = payload["path"]
+        # from a thread of C: also when another one has the GIL
+        faulthandler.dump_traceback_later(max(0.1, payload["deadline"] - _DUMP_BEFORE - time.monotonic()))
         _run(payload)
     except SystemExit as leave:
         code = leave.code

@@ -62,8 +62,9 @@ def run_ranks(
     `launch.REPLACE_ME`. env: more environment for all ranks.
     hosts: `EmulatedHosts`; rank r runs on host r modulo their number.
 
-    After *timeout* seconds everything is killed and TimeoutError shows the end of each rank's output. Whatever happens,
-    no process, rendezvous directory or shared memory of the run is left.
+    After *timeout* seconds everything is killed, and TimeoutError shows the end of each rank's output, in which those that
+    still ran say what each of their threads was doing. Whatever happens, no process, rendezvous directory or shared
+    memory of the run is left.
     """
     for rank, _ in kill:
         if not 0 <= rank < n:
@@ -75,14 +76,15 @@ def run_ranks(
         filter(None, (more.get("HOPLITE_FAULT", os.environ.get("HOPLITE_FAULT", "")), faults))
     )
     more.setdefault("PYTHONPATH", _python_path())
-    payload = _payload(script_or_callable, args)
+    deadline = time.monotonic() + timeout
+    payload = _payload(script_or_callable, args, deadline)
     ranks = LocalRanks(n, ["-m", "hoplite_mpi.testing._rank_main"], env=more, hosts=hosts)
     try:
         ranks.output = ranks.rendezvous / "output"
         ranks.output.mkdir()
         (ranks.rendezvous / PAYLOAD).write_bytes(payload)
         ranks.start()
-        codes = _watch(ranks, timed, time.monotonic() + timeout, respawn)
+        codes = _watch(ranks, timed, deadline, respawn)
         if codes is None:
             raise TimeoutError(_story(ranks, timeout))
         return {rank: _result(ranks, rank, code) for rank, code in codes.items()}
@@ -102,8 +104,9 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
-def _payload(target: str | os.PathLike[str] | Callable[..., Any], args: Sequence[Any]) -> bytes:
-    payload: dict[str, Any] = {"path": [entry or os.getcwd() for entry in sys.path], "script": None, "args": list(args)}
+def _payload(target: str | os.PathLike[str] | Callable[..., Any], args: Sequence[Any], deadline: float) -> bytes:
+    path = [entry or os.getcwd() for entry in sys.path]
+    payload: dict[str, Any] = {"path": path, "script": None, "args": list(args), "deadline": deadline}
     if callable(target):
         with _by_value(target):
             payload |= {"call": cloudpickle.dumps((target, tuple(args))), "args": []}

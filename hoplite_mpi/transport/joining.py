@@ -40,6 +40,8 @@ WANT, GO, READY = 10, 11, 12
 KINDS = (WANT, GO, READY)
 #: seconds for one attempt to free an accept; it takes one or two
 _FREE_TIMEOUT = 6.0
+#: seconds for the process that frees an accept to leave
+_LEAVE_TIMEOUT = 1.0
 #: seconds between looks at a peer that is being joined; a join takes some hundredths of a second
 _LOOK_PERIOD = 0.2
 #: seconds until a join that failed though both live is tried again
@@ -195,31 +197,46 @@ class Joiner:
     def _watch(self, job: _Job) -> None:
         """End a join whose peer is gone, or that takes too long. In a thread of its own, without the engine's lock."""
         config = self._engine.config
-        deadline = time.monotonic() + config.join_timeout
+        # who accepts is the patient one: if both live and are stuck, the other leaves first, and is seen to be gone
+        patience = config.join_timeout * (1.5 if job.accepts else 1.0)
+        deadline = time.monotonic() + patience
         while not job.over.wait(_LOOK_PERIOD):
-            if job.dead or time.monotonic() > deadline or _is_gone(job.address, config.keepalive_timeout):
-                if job.over.wait(_LOOK_PERIOD):  # it may have ended just before the peer did
-                    return
-                if not job.accepts:
-                    _give_up(job.peer)
-                job.freed = True
-                self._free(job)
+            if job.dead:
+                why = "it has been given up"
+            elif time.monotonic() > deadline:
+                why = f"{patience:g} s are over"
+            elif _is_gone(job.address, config.keepalive_timeout):
+                why = "its address does not answer"
+            else:
+                continue
+            if job.over.wait(_LOOK_PERIOD):  # it may have ended just before the peer did
+                return
+            if not job.accepts:
+                _give_up(job.peer, why)
+            log.warning("accepting rank %d.%d is given up: %s", *job.peer, why)
+            job.freed = True
+            self._free(job)
 
     def _free(self, job: _Job) -> None:
         """Free an accept to which nobody will connect: a connect from any live process does."""
         assert job.port is not None
-        code = "import os, sys; from mpi4py import MPI; MPI.COMM_SELF.Connect(sys.argv[1]); os._exit(0)"
-        command = [*launch.mpiexec_command(launch.find_mpiexec()), sys.executable, "-c", code, job.port]
+        program = [sys.executable, "-m", "hoplite_mpi.transport._free_accept", job.port]
+        command = [*launch.mpiexec_command(launch.find_mpiexec()), *program]
         # with HOPLITE_RUN it is found, and ended, with the run
         own = {name for name in os.environ if name.startswith(_OF_THIS_PROCESS)} - {"HOPLITE_RUN"}
         environment = {name: value for name, value in os.environ.items() if name not in own}
+        # it has to find this package also where only this process's path leads to it
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         # again until the accept is over: a connect can fail, and the whole rank waits behind this one
         while not job.over.is_set():
             helper = launch.spawn_tied(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
+            job.over.wait(_FREE_TIMEOUT)
+            assert helper.stdin is not None
+            helper.stdin.close()
             try:
-                helper.wait(_FREE_TIMEOUT)
+                helper.wait(_LEAVE_TIMEOUT)
             except subprocess.TimeoutExpired:
                 os.killpg(helper.pid, signal.SIGKILL)
                 helper.wait()
@@ -236,7 +253,7 @@ def _is_gone(address: tuple[str, int] | None, timeout: float) -> bool:
     return False
 
 
-def _give_up(peer: PeerKey) -> None:
+def _give_up(peer: PeerKey, why: str) -> None:
     """A connecter that is stuck can't be freed; it has no state that counts: leave, and be replaced."""
-    log.critical("connecting to rank %d.%d is stuck: this process leaves the run", *peer)
+    log.critical("connecting to rank %d.%d is stuck (%s): this process leaves the run", *peer, why)
     os._exit(launch.REPLACE_ME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def program(tmp_path: Path) -> Path:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
     return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """However ranks end, nothing stays in shared memory."""
+    before = set(Path("/dev/shm").iterdir())
+    yield
+    assert set(Path("/dev/shm").iterdir()) <= before
 
 
 def _one_by_one(program: Path, how: str, n: int = 3) -> tuple[list[int], str]:

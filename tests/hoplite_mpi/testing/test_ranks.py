@@ -112,6 +112,7 @@ def test_the_deadline_kills_everything_and_shows_the_output() -> None:
     with pytest.raises(TimeoutError, match="rank 0, incarnation 0: still ran") as info:
         run_ranks(1, hang, timeout=1.5)
     assert time.monotonic() - start < 15
+    assert " in hang\n" in str(info.value), "it does not say what the rank was doing"
     words = str(info.value).split()
     assert _left_of(words[words.index("run") + 1]) == []
 

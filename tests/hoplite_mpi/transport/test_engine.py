@@ -228,6 +228,7 @@ def test_an_interrupt_never_tears_a_step() -> None:
         """
         import os, signal, threading, time
         from hoplite_mpi.config import Config
+        from hoplite_mpi.memory import unlink_own_segments
         from hoplite_mpi.transport.engine import Engine
 
         engine = Engine(Config(spin_time=30.0))
@@ -259,6 +260,7 @@ def test_an_interrupt_never_tears_a_step() -> None:
         assert engine.failure is None
         assert engine.run(lambda: 42) == 42
         engine.stop()
+        unlink_own_segments()
         os._exit(0)
         """
     )
