@@ -1,7 +1,7 @@
 """Joining: MPI connections between processes that were started apart, by accept and connect.
 
 Both block, so they run in a helper thread, one at a time, in the order in which they were wanted. Of each pair the senior
-accepts and the junior connects, so that only the process without state can crash in it. *go* (with the port's name) and
+accepts and the junior connects, so that it is the process without state that crashes if its peer dies. *go* (with the port's name) and
 *ready* are exchanged over the side channel just before, so a process is in accept only while the other is known to be about
 to connect. The senior of a pair never waits for a more senior one, so the waits have no cycle.
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import hoplite_mpi
-from hoplite_mpi.memory import arena_directory
+from hoplite_mpi.memory import Arena, arena_directory
 from hoplite_mpi.memory._roster import remove_if_unused
 
 _SOURCES = str(Path(hoplite_mpi.__file__).parent.parent)
@@ -120,3 +120,16 @@ def child(run: str) -> Iterator[Callable[..., Child]]:
     yield start
     for one in children:
         one.stop()
+
+
+@pytest.fixture
+def arena(run: str) -> Iterator[Arena]:
+    with Arena(run, 0, 0) as one:
+        yield one
+
+
+@pytest.fixture
+def mate(run: str, arena: Arena) -> Iterator[Arena]:
+    """Another process of the node, as far as the arena can tell."""
+    with Arena(run, 1, 0) as one:
+        yield one

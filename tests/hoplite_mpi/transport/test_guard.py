@@ -108,7 +108,7 @@ def test_a_library_that_is_missing_or_broken_is_said_and_not_raised(
 def test_ucx_is_kept_off_shared_memory_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UCX_TLS", raising=False)
     guard.prepare_environment()
-    assert os.environ["UCX_TLS"] in ("tcp,self", "^sm")
+    assert os.environ["UCX_TLS"] == guard._transports()
     monkeypatch.setenv("UCX_TLS", "tcp,self")
     guard.prepare_environment()
     assert os.environ["UCX_TLS"] == "tcp,self"
@@ -124,3 +124,10 @@ def test_messages_pass_through_the_guard_unharmed() -> None:
         sent = bytes([comm.rank]) * size
         comm.Sendrecv(sent, dest=(comm.rank + 1) % comm.size, recvbuf=received, source=(comm.rank - 1) % comm.size)
         assert received == bytes([(comm.rank - 1) % comm.size]) * size
+
+
+def test_ucx_takes_plain_tcp_only_where_there_is_no_infiniband(tmp_path: Path) -> None:
+    assert guard._transports(str(tmp_path / "absent")) == "tcp,self"
+    assert guard._transports(str(tmp_path)) == "tcp,self"
+    (tmp_path / "mlx5_0").mkdir()
+    assert guard._transports(str(tmp_path)) == "^sm"
