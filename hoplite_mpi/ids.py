@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from functools import total_ordering
 
 __all__ = ["ObjectID"]
@@ -17,6 +18,9 @@ class ObjectID:
     """
 
     SIZE = 16
+    #: an id that says which process alone puts under it: mark, rank (3 bytes), incarnation, random
+    _MARK = b"\xfeHM"
+    _ORIGIN = struct.Struct(">3s3sH8s")
     __slots__ = ("_bytes", "_hash")
 
     def __init__(self, raw: bytes) -> None:
@@ -31,12 +35,28 @@ class ObjectID:
         """Return the id of that name: the BLAKE2b hash of it, so the same on every rank."""
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {type(name).__name__}")
-        return cls(hashlib.blake2b(name.encode(), digest_size=cls.SIZE).digest())
+        return cls(_unmarked(hashlib.blake2b(name.encode(), digest_size=cls.SIZE).digest()))
 
     @classmethod
     def random(cls) -> ObjectID:
         """Return an id that nobody else has."""
-        return cls(os.urandom(cls.SIZE))
+        return cls(_unmarked(os.urandom(cls.SIZE)))
+
+    @classmethod
+    def unique(cls, rank: int, incarnation: int) -> ObjectID:
+        """Return an id that nobody else has, and under which only that process will put.
+
+        So that whoever waits for the object knows that it can't come any more once the process and every copy are gone.
+        """
+        if rank >= 1 << 24 or incarnation >= 1 << 16:  # too large to be told by the id: who waits, waits
+            return cls.random()
+        return cls(cls._ORIGIN.pack(cls._MARK, rank.to_bytes(3, "big"), incarnation, os.urandom(8)))
+
+    @property
+    def origin(self) -> tuple[int, int] | None:
+        """(rank, incarnation) of the only process that puts under this id; None: anybody may."""
+        mark, rank, incarnation, _ = self._ORIGIN.unpack(self._bytes)
+        return (int.from_bytes(rank, "big"), incarnation) if mark == self._MARK else None
 
     @classmethod
     def from_hex(cls, text: str) -> ObjectID:
@@ -60,7 +80,12 @@ class ObjectID:
         return self._hash
 
     def __repr__(self) -> str:
-        return f"ObjectID({self.hex()[:12]}…)"
+        shown = self._bytes[-6:] if self.origin is not None else self._bytes[:6]
+        return f"ObjectID({shown.hex()}…)"
 
     def __reduce__(self) -> tuple[type[ObjectID], tuple[bytes]]:
         return ObjectID, (self._bytes,)
+
+
+def _unmarked(raw: bytes) -> bytes:
+    return raw if not raw.startswith(ObjectID._MARK) else bytes(1) + raw[1:]

@@ -41,10 +41,11 @@ def slot_key(rid: ObjectID, slot: int, generation: int) -> bytes:
 
 @dataclass(eq=False)
 class _Child:
-    """A child's stream at its parent."""
+    """A child's stream at its parent. A leaf's is its source; all others flow in the dtype in which the operation accumulates."""
 
     slot: int
     generation: int
+    dtype: np.dtype[Any]
     buffers: list[memoryview]
     incoming: Incoming | None = None
     #: the child's output itself, if it is a slot of this rank: then nothing is received
@@ -55,14 +56,14 @@ class _Child:
     tainted: bool = False
 
     def has(self, index: int, stop: int) -> bool:
-        """Return whether chunk *index*, which ends at byte *stop*, is here."""
-        return self.arrived > index if self.local is None else self.local.progress >= stop
+        """Return whether chunk *index*, which ends at element *stop*, is here."""
+        return self.arrived > index if self.local is None else self.local.progress >= stop * self.dtype.itemsize
 
-    def chunk(self, index: int, start: int, stop: int) -> memoryview:
-        """Return the bytes [start, stop), which are those of chunk *index*."""
+    def chunk(self, index: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Return the elements [start, stop), which are those of chunk *index*."""
         if self.local is not None:
-            return self.local.data[start:stop]
-        return self.buffers[index % len(self.buffers)][: stop - start]
+            return _elements(self.local, self.dtype, start, stop)
+        return np.frombuffer(self.buffers[index % len(self.buffers)], self.dtype, stop - start)
 
 
 @dataclass(eq=False)
@@ -71,8 +72,14 @@ class _Slot:
     source: Stream
     output: Stream
     region: Region | None
-    chunk: int
-    #: position among the children (their order is fixed by slot number, for the same bits in every run of one tree) → child
+    #: of the source and of the result
+    dtype: np.dtype[Any]
+    #: of what flows between slots; float32 for halves, so that they are rounded once
+    flow: np.dtype[Any]
+    #: elements of the whole, and of one chunk
+    length: int
+    step: int
+    #: slot number → child
     children: dict[int, _Child] = field(default_factory=dict)
     #: chunks done
     done: int = 0
@@ -131,17 +138,27 @@ class Slots:
         self._stop(name)
         starting = self._starting[name] = _Starting(what)
 
+        dtype = what.meta.dtype if what.meta.dtype is not None else np.dtype(np.uint8)
+        try:
+            op = kernels.op_of(what.op)
+            op.check(dtype)
+            flow = op.accumulator(dtype)
+        except HopliteError as error:
+            self._reserved(starting, error, dtype)
+            return
+        nbytes = what.meta.nbytes if what.is_root else what.meta.nbytes // dtype.itemsize * flow.itemsize
+
         def allocate() -> Region:
             if what.is_root:
                 return self._memory.allocate(what.rid, what.meta, what.generation)
-            return self._memory.allocate_private(what.meta.nbytes)
+            return self._memory.allocate_private(nbytes)
 
         if what.is_root or what.num_children:
-            self._reserver.get(what.meta.nbytes, allocate, lambda region: self._reserved(starting, region))
+            self._reserver.get(nbytes, allocate, lambda region: self._reserved(starting, region, flow))
         else:
-            self._reserved(starting, None)
+            self._reserved(starting, None, flow)
 
-    def _reserved(self, starting: _Starting, region: Region | HopliteError | None) -> None:
+    def _reserved(self, starting: _Starting, region: Region | HopliteError | None, flow: np.dtype[Any]) -> None:
         what, name = starting.what, (starting.what.rid, starting.what.slot)
         source = self._objects.stream(what.source)
         current = self._starting.get(name) is starting
@@ -156,14 +173,14 @@ class Slots:
                 self._handle(ev.ForgetObject(what.source))
                 self._fail(what, "source", f"{what.source} is not on this rank")
             return
-        itemsize = what.meta.dtype.itemsize if what.meta.dtype is not None else 1
-        chunk = max(itemsize, self._engine.config.chunk_size // itemsize * itemsize)
+        dtype = what.meta.dtype if what.meta.dtype is not None else np.dtype(np.uint8)
+        length, step = what.meta.nbytes // dtype.itemsize, max(1, self._engine.config.chunk_size // flow.itemsize)
         key = slot_key(*name, what.generation)
         if region is None:  # a leaf's output is its source
             output = Stream(self._engine, key, source.data, source.progress, keep=source.keep)
         else:
             output = Stream(self._engine, key, memoryview(region.data), keep=region)
-        slot = _Slot(what, source, output, region, chunk)
+        slot = _Slot(what, source, output, region, dtype, flow, length, step)
         self._slots[name] = slot
         if what.is_root:
             self._objects.publish(what.rid, what.generation, what.meta, output)
@@ -189,21 +206,23 @@ class Slots:
             self._engine.spawn(self._take_local(slot, what))
             return
         window = self._engine.config.window
+        dtype = slot.dtype if what.leaf else slot.flow
+        chunk = slot.step * dtype.itemsize
         if child is None or child.tainted or child.generation != what.child_generation:
             arrived = 0 if child is None or child.generation != what.child_generation else child.arrived
             if child is not None and child.incoming is not None:
                 self._transfers.stop(child.incoming)
-            child = _Child(what.child_slot, what.child_generation, [_chunk_buffer(slot.chunk) for _ in range(window)])
+            child = _Child(what.child_slot, what.child_generation, dtype, [_buffer(chunk) for _ in range(window)])
             # chunks that were received and not yet used would be in the tainted buffers: ask for them again
             child.arrived = min(arrived, slot.done)
             slot.children[what.child_slot] = child
         here, first = child, child.arrived
 
         def buffer_of(start: int, stop: int) -> memoryview:
-            return here.buffers[(start // slot.chunk) % window][: stop - start]
+            return here.buffers[(start // chunk) % window][: stop - start]
 
         def progressed(position: int) -> None:
-            here.arrived = -(-position // slot.chunk)
+            here.arrived = -(-position // chunk)
             slot.output.changed.fire()
             slot.source.changed.fire()
 
@@ -216,9 +235,9 @@ class Slots:
         child.incoming = self._transfers.pull(
             self._fabric.link((what.rank, what.incarnation)),
             slot_key(what.rid, what.child_slot, what.child_generation),
-            first * slot.chunk,
-            slot.what.meta.nbytes,
-            slot.chunk,
+            first * chunk,
+            slot.length * dtype.itemsize,
+            chunk,
             buffer_of,
             progressed,
             ended,
@@ -239,7 +258,8 @@ class Slots:
         known = slot.children.get(what.child_slot)
         if known is not None and known.incoming is not None:
             self._transfers.stop(known.incoming)
-        slot.children[what.child_slot] = _Child(what.child_slot, what.child_generation, [], local=stream)
+        dtype = slot.dtype if what.leaf else slot.flow
+        slot.children[what.child_slot] = _Child(what.child_slot, what.child_generation, dtype, [], local=stream)
         slot.output.changed.fire()
 
     def _child_failed(self, slot: _Slot, child_slot: int, child_generation: int) -> None:
@@ -255,12 +275,14 @@ class Slots:
         self._stopped[name] = max(what.generation, self._stopped.get(name, -1))
 
     async def _run(self, slot: _Slot) -> None:
-        what, chunk = slot.what, slot.chunk
-        nbytes = what.meta.nbytes
-        dtype = what.meta.dtype if what.meta.dtype is not None else np.dtype(np.uint8)
+        what, step = slot.what, slot.step
         wake = slot.output.changed
-        while slot.done * chunk < nbytes:
-            start, stop = slot.done * chunk, min((slot.done + 1) * chunk, nbytes)
+        out_dtype = slot.dtype if what.is_root else slot.flow
+        # where a root rounds, the sum of a chunk is kept beside the result
+        rounds = out_dtype != slot.flow and what.num_children > 0
+        sums = np.empty(min(step, slot.length), slot.flow) if rounds else None
+        while slot.done * step < slot.length:
+            start, stop = slot.done * step, min((slot.done + 1) * step, slot.length)
             while not slot.stopped and not self._has(slot, stop):
                 slot.source.changed.relay(wake)
                 for child in slot.children.values():
@@ -273,23 +295,26 @@ class Slots:
             if slot.stopped:
                 return
             fault.point("reduce.chunk")
-            output = np.frombuffer(slot.output.data[start:stop], dtype)
-            left: Any = np.frombuffer(slot.source.data[start:stop], dtype)
-            for number in sorted(slot.children):
-                chunk_of_child = np.frombuffer(slot.children[number].chunk(slot.done, start, stop), dtype)
-                await self._done(self._memory.reduce(what.op, output, left, chunk_of_child))
-                left = output
-            if left is not output:
-                await self._done(self._memory.copy(output, left))
+            output = _elements(slot.output, out_dtype, start, stop)
+            total = output if sums is None else sums[: stop - start]
+            # in the order of the slots, which is that of the sources in an ordered reduce: an operation need not commute
+            parts = {number: child.chunk(slot.done, start, stop) for number, child in slot.children.items()}
+            parts[what.slot] = _elements(slot.source, slot.dtype, start, stop)
+            left, *others = (parts[number] for number in sorted(parts))
+            for right in others:
+                await self._done(self._memory.reduce(what.op, total, left, right))
+                left = total
+            if not others:
+                await self._done(self._memory.copy(total, left))
             if slot.stopped:
                 return
             if what.is_root:
-                kernels.finish(what.op, output, what.num_objects)
+                kernels.finish(what.op, total, what.num_objects, output)
             slot.done += 1
-            slot.output.advance(stop)
+            slot.output.advance(stop * out_dtype.itemsize)
             for child in slot.children.values():
                 if child.incoming is not None:
-                    first = child.incoming.offset // chunk
+                    first = child.incoming.offset // (step * child.dtype.itemsize)
                     self._transfers.allow(child.incoming, slot.done + len(child.buffers) - first)
 
     async def _done(self, event: Event) -> None:
@@ -302,7 +327,7 @@ class Slots:
     @staticmethod
     def _has(slot: _Slot, stop: int) -> bool:
         return (
-            slot.source.progress >= stop
+            slot.source.progress >= stop * slot.dtype.itemsize
             and len(slot.children) == slot.what.num_children
             and all(child.has(slot.done, stop) for child in slot.children.values())
         )
@@ -342,5 +367,9 @@ class Slots:
         slot.output.changed.fire()
 
 
-def _chunk_buffer(nbytes: int) -> memoryview:
+def _elements(stream: Stream, dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray[Any, Any]:
+    return np.frombuffer(stream.data[start * dtype.itemsize : stop * dtype.itemsize], dtype)
+
+
+def _buffer(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))

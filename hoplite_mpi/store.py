@@ -22,7 +22,7 @@ from hoplite_mpi.errors import (
 )
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import SUM, Pinned, ReduceOp, op_by_name
+from hoplite_mpi.memory import SUM, Pinned, ReduceOp, as_op
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.objects import Ready
 from hoplite_mpi.protocol import cost
@@ -91,7 +91,7 @@ class ObjectStore:
         (other bytes under that id; the same bytes are fine), ObjectDeletedError, StoreFullError, TypeError for Python objects.
         """
         self._runtime.check()
-        oid = ObjectID.random() if object_id is None else _checked(object_id)
+        oid = ObjectID.unique(*self._runtime.me) if object_id is None else _checked(object_id)
         meta, source = as_bytes(array)
         digest = bytes(oid) if object_id is None else hashlib.blake2b(source, digest_size=16).digest()
         self._put(oid, meta, digest, source, confirm=object_id is not None)
@@ -207,14 +207,16 @@ class ObjectStore:
         view: View = self._engine.run(begin)
         return view
 
-    def get(self, object_id: ObjectID, timeout: Any = DEFAULT) -> Any:
+    def get(self, object_id: ObjectID, timeout: Any = DEFAULT, origin: tuple[int, int] | None = None) -> Any:
         """Return the object as a read-only ndarray, or a read-only memoryview if bytes were put; zero copy on its node.
 
-        Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ObjectLostError, ReduceError, StoreFullError.
+        Waits until it exists. origin: (rank, incarnation) of the only process that will put it; once that is gone, and every copy
+        with it, waiting ends with ObjectLostError. An id that `put` chose says this itself.
+        Errors: GetTimeoutError, ObjectDeletedError, ObjectLostError, ReduceError, StoreFullError.
         """
-        return _result(self.get_async(object_id), timeout)
+        return _result(self.get_async(object_id, origin), timeout)
 
-    def get_async(self, object_id: ObjectID) -> Future:
+    def get_async(self, object_id: ObjectID, origin: tuple[int, int] | None = None) -> Future:
         """Return a future of what `get` returns."""
         oid = _checked(object_id)
         future = Future(self._engine, f"get of {oid}", on_cancel=lambda: self._abandon(oid, future))
@@ -225,7 +227,7 @@ class ObjectStore:
                 self._waiting.resolve([future], self._runtime.objects.value(oid, ready))
                 return
             self._waiting.getters.setdefault(oid, []).append(future)
-            self._runtime.handle(ev.GetRequested(oid))
+            self._runtime.handle(ev.GetRequested(oid, origin))
 
         self._locked(begin)
         return future
@@ -310,15 +312,25 @@ class ObjectStore:
     def reduce(
         self,
         object_ids: Sequence[ObjectID],
-        op: ReduceOp | str = SUM,
+        op: ReduceOp | str | Callable[[Any, Any], Any] = SUM,
         num_objects: int | None = None,
         object_id: ObjectID | None = None,
         deterministic: bool = False,
+        *,
+        shape: str | None = None,
+        members: Sequence[tuple[int, int]] = (),
     ) -> ObjectID:
         """Reduce arrays of equal dtype and shape into a new object; return its id at once.
 
-        Sources are taken in the order of their arrival, whether they exist already or not. num_objects: reduce only so many, the first to
-        arrive. `get` of the result waits for it; `reduced_from` says what went in. Errors of the reduce itself are raised by `get`.
+        Sources are taken in the order of their arrival, whether they exist already or not. `get` of the result waits for it;
+        `reduced_from` says what went in. Errors of the reduce itself are raised by `get`. float16 and bfloat16 are combined in float32.
+
+        op: hm.SUM and its like, or a function of two arrays: associative, element by element, picklable by cloudpickle.
+        num_objects: reduce only so many, the first to arrive.
+        deterministic: combine in the order of *object_ids*, the same bits whatever the arrivals; an operation need not commute then.
+        shape: "chain", "star" or "tree_of_chains" instead of the one that the cost model chooses.
+        members: (rank, incarnation) of the process that alone puts each object; an object that can't come any more, as its process is
+        gone, is left out. Ranks that ask for one result may differ in the objects of processes that are gone.
         """
         self._runtime.check()
         oids = tuple(_checked(oid) for oid in object_ids)
@@ -328,14 +340,16 @@ class ObjectStore:
             raise ValueError("reduce was given an object twice; each counts once")
         if num_objects is not None and not 1 <= num_objects <= len(oids):
             raise ValueError(f"num_objects is {num_objects}, but {len(oids)} objects were given")
-        if deterministic:
-            why = "it takes whatever comes first" if num_objects is not None else "this version adds in arrival order"
-            raise ReduceError(f"deterministic=True can't be had: {why}")
-        name = (op_by_name(op) if isinstance(op, str) else op).name
+        if deterministic and num_objects is not None:
+            raise ReduceError("deterministic=True can't be had with num_objects, which takes whatever comes first")
+        if members and len(members) != len(oids):
+            raise ValueError(f"{len(members)} members were given for {len(oids)} objects")
+        token = as_op(op).token
         rid = ObjectID.random() if object_id is None else _checked(object_id)
         if rid in oids:
             raise ValueError(f"the result of a reduce, {rid}, can't be among its sources")
-        self._locked(lambda: self._runtime.handle(ev.ReduceRequested(rid, oids, name, num_objects)))
+        wanted = ev.ReduceRequested(rid, oids, token, num_objects, shape, deterministic, tuple(members))
+        self._locked(lambda: self._runtime.handle(wanted))
         return rid
 
     def reduced_from(self, object_id: ObjectID, timeout: Any = DEFAULT) -> frozenset[ObjectID]:

@@ -6,7 +6,23 @@ from ._sweep import sweep, unlink_own_segments
 from .arena import Arena, ArenaStatistics, arena_directory
 from .host import HostMemory
 from .interface import Event, Memory
-from .kernels import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, finish, op_by_name, reduce_bytes, reduce_into
+from .kernels import (
+    BAND,
+    BOR,
+    BXOR,
+    MAX,
+    MEAN,
+    MIN,
+    PROD,
+    SUM,
+    ReduceOp,
+    as_op,
+    finish,
+    op_by_name,
+    op_of,
+    reduce_bytes,
+    reduce_into,
+)
 from .region import ObjectInfo, Pinned, Region
 
 __all__ = [
@@ -28,8 +44,10 @@ __all__ = [
     "ReduceOp",
     "Region",
     "arena_directory",
+    "as_op",
     "finish",
     "op_by_name",
+    "op_of",
     "reduce_bytes",
     "reduce_into",
     "sweep",

@@ -55,7 +55,7 @@ class HostMemory:
         return _DONE
 
     def reduce(
-        self, op: ReduceOp | str, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
+        self, op: ReduceOp | str | bytes, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
     ) -> Event:
         reduce_into(op, out, a, b)
         return _DONE

@@ -59,6 +59,6 @@ class Memory(Protocol):
         """
         ...
 
-    def reduce(self, op: ReduceOp | str, out: Any, a: Any, b: Any) -> Event:
+    def reduce(self, op: ReduceOp | str | bytes, out: Any, a: Any, b: Any) -> Event:
         """Begin to set *out* to *a* op *b*, element by element; *out* may be *a* or *b*."""
         ...

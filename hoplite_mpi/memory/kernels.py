@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import cloudpickle
 import numpy as np
 
 from ..errors import ReduceError
@@ -20,8 +23,10 @@ __all__ = [
     "PROD",
     "SUM",
     "ReduceOp",
+    "as_op",
     "finish",
     "op_by_name",
+    "op_of",
     "reduce_bytes",
     "reduce_into",
 ]
@@ -39,7 +44,7 @@ class ReduceOp:
 
     __slots__ = ("_by_count", "_kinds", "_ufunc", "name")
 
-    def __init__(self, name: str, ufunc: np.ufunc, kinds: str, *, by_count: bool = False) -> None:
+    def __init__(self, name: str, ufunc: np.ufunc | None, kinds: str, *, by_count: bool = False) -> None:
         self.name = name
         self._ufunc = ufunc
         #: NumPy's dtype kinds that it is defined for
@@ -49,9 +54,17 @@ class ReduceOp:
 
     def supports(self, dtype: np.dtype[Any]) -> bool:
         """Whether the operation is defined for elements of *dtype*."""
-        if self._by_count and _is_half(dtype):  # the sum, which comes first, would lose what the mean could hold
-            return False
         return dtype.kind in self._kinds or (dtype.name in _EXTENSION_FLOATS and "f" in self._kinds)
+
+    @property
+    def token(self) -> str | bytes:
+        """What stands for the operation in a message; inverse of `op_of`."""
+        return self.name
+
+    def accumulator(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the dtype in which elements of *dtype* are combined; the result is rounded to *dtype* once, at the end."""
+        exact = self._ufunc in (np.minimum, np.maximum)
+        return np.dtype(np.float32) if _is_half(dtype) and not exact else dtype
 
     def check(self, dtype: np.dtype[Any]) -> None:
         """Raise ReduceError unless the operation is defined for *dtype*."""
@@ -67,6 +80,7 @@ class ReduceOp:
         """Set *out* to *a* op *b*; shapes and dtypes have been checked."""
         # Overflow and NaN are values here, not incidents; one chunk of many must not warn.
         with np.errstate(all="ignore"):
+            assert self._ufunc is not None
             self._ufunc(a, b, out=out, dtype=out.dtype.type)
 
     def finish(self, out: np.ndarray[Any, Any], count: int) -> None:
@@ -84,8 +98,45 @@ class ReduceOp:
     def __repr__(self) -> str:
         return f"ReduceOp({self.name!r})"
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
+    def __reduce__(self) -> tuple[Any, tuple[str | bytes]]:
         return op_by_name, (self.name,)
+
+
+class _UserOp(ReduceOp):
+    """An operation that a function of the user computes."""
+
+    __slots__ = ("_function", "_pickle")
+
+    def __init__(self, function: Callable[[Any, Any], Any], pickled: bytes | None = None) -> None:
+        module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__)
+        super().__init__(f"{module}.{name}" if module else name, None, "")
+        self._function = function
+        self._pickle = cloudpickle.dumps(function) if pickled is None else pickled
+
+    @property
+    def token(self) -> bytes:
+        return self.name.encode() + b"\0" + self._pickle
+
+    def supports(self, dtype: np.dtype[Any]) -> bool:
+        return True
+
+    def apply(self, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
+        try:
+            with np.errstate(all="ignore"):
+                result = np.asarray(self._function(a.astype(out.dtype, copy=False), b.astype(out.dtype, copy=False)))
+        except Exception as error:  # the user's: all who wait for the result are told
+            raise ReduceError(f"{self.name} raised {type(error).__name__}: {error}") from error
+        if result.shape != out.shape:
+            raise ReduceError(
+                f"{self.name} made shape {result.shape} of two arrays of shape {out.shape}: it has to work element by element"
+            )
+        try:
+            np.copyto(out, result, casting="same_kind")
+        except TypeError as error:
+            raise ReduceError(f"{self.name} made {result.dtype} of {out.dtype}: {error}") from None
+
+    def __reduce__(self) -> tuple[Any, tuple[str | bytes]]:
+        return op_of, (self.token,)
 
 
 SUM = ReduceOp("sum", np.add, "biufc")
@@ -95,7 +146,7 @@ MAX = ReduceOp("max", np.maximum, "biuf")
 BAND = ReduceOp("and", np.bitwise_and, "biu")
 BOR = ReduceOp("or", np.bitwise_or, "biu")
 BXOR = ReduceOp("xor", np.bitwise_xor, "biu")
-#: the sum, divided at the end by the number of objects that went in; not of halves, and not of integers
+#: the sum, divided at the end by the number of objects that went in; not of integers
 MEAN = ReduceOp("mean", np.add, "fc", by_count=True)
 
 _BY_NAME = {op.name: op for op in (SUM, PROD, MIN, MAX, BAND, BOR, BXOR, MEAN)}
@@ -109,12 +160,43 @@ def op_by_name(name: str) -> ReduceOp:
     return op
 
 
+def as_op(op: ReduceOp | str | Callable[[Any, Any], Any]) -> ReduceOp:
+    """Return what the user gave as an operation: one of this module, its name, or a function of two arrays.
+
+    The function gets two arrays of equal dtype and shape, parts of the objects in one dimension, and returns an array like them; it
+    has to be associative, to work element by element, and to be picklable by cloudpickle. ReduceError, TypeError.
+    """
+    if isinstance(op, ReduceOp):
+        return op
+    if isinstance(op, str):
+        return op_by_name(op)
+    if not callable(op):
+        raise TypeError(
+            f"{op!r} is no reduce operation: give hm.SUM or another one, its name, or a function of two arrays"
+        )
+    return _UserOp(op)
+
+
+def op_of(token: str | bytes) -> ReduceOp:
+    """Return the operation of a message; ReduceError if it can't be had here."""
+    return op_by_name(token) if isinstance(token, str) else _user_op(token)
+
+
+@functools.lru_cache(maxsize=64)
+def _user_op(token: bytes) -> ReduceOp:
+    name, _, pickled = token.partition(b"\0")
+    try:
+        return _UserOp(pickle.loads(pickled), pickled)
+    except Exception as error:
+        raise ReduceError(f"the operation {name.decode()} can't be unpickled on this rank: {error}") from error
+
+
 def _is_half(dtype: np.dtype[Any]) -> bool:
     return dtype == np.float16 or dtype.name in _EXTENSION_FLOATS
 
 
 def reduce_into(
-    op: ReduceOp | str, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
+    op: ReduceOp | str | bytes, out: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
 ) -> None:
     """Set *out* to *a* op *b*, element by element; *out* may be *a* or *b*.
 
@@ -122,8 +204,7 @@ def reduce_into(
     accumulated and rounded once; into their own dtype each step computes in float32 and rounds. ReduceError
     otherwise.
     """
-    if isinstance(op, str):
-        op = op_by_name(op)
+    op = op if isinstance(op, ReduceOp) else op_of(op)
     op.check(out.dtype)
     if not a.shape == b.shape == out.shape:
         raise ReduceError(f"{op.name}: shapes {a.shape} and {b.shape} into {out.shape} differ")
@@ -135,22 +216,29 @@ def reduce_into(
     op.apply(out, a, b)
 
 
-def finish(op: ReduceOp | str, out: np.ndarray[Any, Any], count: int) -> None:
-    """Turn *out*, into which *count* objects went, into the result; once for each part of it."""
-    (op_by_name(op) if isinstance(op, str) else op).finish(out, count)
+def finish(
+    op: ReduceOp | str | bytes, values: np.ndarray[Any, Any], count: int, out: np.ndarray[Any, Any] | None = None
+) -> None:
+    """Turn *values*, into which *count* objects went, into the result, in *out* (default: in place), rounded to its dtype.
+
+    To be called once for each part of an object.
+    """
+    (op if isinstance(op, ReduceOp) else op_of(op)).finish(values, count)
+    if out is not None and out is not values:
+        with np.errstate(all="ignore"):
+            np.copyto(out, values, casting="unsafe")
 
 
-def reduce_bytes(op: ReduceOp | str, inputs: Sequence[bytes], meta: Meta) -> bytes:
+def reduce_bytes(op: ReduceOp | str | bytes, inputs: Sequence[bytes], meta: Meta) -> bytes:
     """Return the reduction of *inputs*, small objects of *meta*, in their order; halves are added up in float32. ReduceError."""
     dtype = np.dtype(np.uint8) if meta.dtype is None else meta.dtype
-    op = op_by_name(op) if isinstance(op, str) else op
+    op = op if isinstance(op, ReduceOp) else op_of(op)
     op.check(dtype)
     if not inputs or any(len(one) != meta.nbytes for one in inputs):
         raise ReduceError(
             f"{op.name}: inputs of {[len(one) for one in inputs]} bytes where {meta.nbytes} were expected"
         )
-    wide = np.dtype(np.float32) if _is_half(dtype) else dtype
-    out = np.frombuffer(inputs[0], dtype).astype(wide)
+    out = np.frombuffer(inputs[0], dtype).astype(op.accumulator(dtype))
     for one in inputs[1:]:
         reduce_into(op, out, out, np.frombuffer(one, dtype))
     op.finish(out, len(inputs))

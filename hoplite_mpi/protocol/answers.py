@@ -65,6 +65,13 @@ class Answers:
         )
         self._port.send(rank, message)
 
+    def send_lost(self, entry: Entry, rank: int) -> None:
+        """Tell a rank that the object will not come."""
+        entry.wanted.pop(rank, None)
+        entry.watchers.discard(rank)
+        text = f"every copy of {entry.oid!r} is lost, and nobody is left who will put it again"
+        self._port.send(rank, ms.Lost(self._port.number, entry.oid, text))
+
     def _locate(self, entry: Entry, rank: int) -> None:
         place = entry.places.get(rank)
         if place is not None and (place.complete or place.producing or place.sender is not None):

@@ -31,6 +31,8 @@ class Client:
         self._copies: dict[ObjectID, Copy] = {}
         #: somebody here waits for the bytes
         self._wanted: set[ObjectID] = set()
+        #: (rank, incarnation) of the only process that puts what is wanted, where that is known
+        self._origins: dict[ObjectID, tuple[int, int]] = {}
         #: the attempt in force; of every wanted id, and of what is being received for nobody any longer
         self._attempts: dict[ObjectID, int] = {}
         self._watched: set[ObjectID] = set()
@@ -83,8 +85,8 @@ class Client:
                 self._adopt(event)
             case ev.ForgetObject(oid):
                 self._forget(oid)
-            case ev.GetRequested(oid):
-                self._get(oid)
+            case ev.GetRequested(oid, origin):
+                self._get(oid, origin)
             case ev.GetAbandoned(oid):
                 self._abandon(oid)
             case ev.WatchRequested(oid):
@@ -161,18 +163,21 @@ class Client:
         if oid in self._wanted:
             self._request(oid)
 
-    def _get(self, oid: ObjectID) -> None:
+    def _get(self, oid: ObjectID, origin: tuple[int, int] | None) -> None:
         if oid in self._tombstones:
             self._port.emit(ev.Fail(oid, "deleted", f"{oid!r} was deleted"))
             return
         self._wanted.add(oid)
+        learned = origin is not None and oid not in self._origins
+        if origin is not None:
+            self._origins[oid] = origin
         if self.holds(oid):
             self._finish(oid)
-        elif oid not in self._attempts:
+        elif oid not in self._attempts or (learned and self._last(oid) and self._copies.get(oid) is None):
             self._request(oid)
 
     def _abandon(self, oid: ObjectID) -> None:
-        self._wanted.discard(oid)
+        self._unwant(oid)
         copy = self._copies.get(oid)
         if oid in self._attempts and (copy is None or copy.sender is None):
             self._cancel(oid)
@@ -184,12 +189,12 @@ class Client:
             self._port.emit(ev.Available(oid, self._copies[oid].meta, self._copies[oid].sources))
         else:
             self._watched.add(oid)
-            self._to_owner(oid, ms.Watch(self._port.number, oid))
+            self._to_owner(oid, ms.Watch(self._port.number, oid, self._last(oid)))
 
     def _reduce(self, event: ev.ReduceRequested) -> None:
         rid, sources = event.rid, tuple(dict.fromkeys(event.sources))
         n = len(sources) if event.num_objects is None else event.num_objects
-        spec = ms.ReduceSpec(rid, sources, event.op, n, event.shape)
+        spec = ms.ReduceSpec(rid, sources, event.op, n, event.shape, event.ordered, event.members)
         known, copy = self._specs.get(rid), self._copies.get(rid)
         if rid in self._tombstones:
             self._port.emit(ev.Fail(rid, "deleted", f"{rid!r} was deleted; its id can't be used again"))
@@ -202,10 +207,12 @@ class Client:
             self._port.emit(ev.Fail(rid, "reduce", f"{rid!r}: {text}"))
         elif event.shape not in _SHAPES:
             self._port.emit(ev.Fail(rid, "reduce", f"there is no shape {event.shape!r}; known are {_SHAPES}"))
-        elif known not in (None, spec) or (copy is not None and copy.version == 0):
+        elif (known is not None and not known.agrees(spec, self._port.view.has)) or (
+            copy is not None and copy.version == 0
+        ):
             self._port.emit(ev.Fail(rid, "exists", f"{rid!r} is known as something else; reduce into a new id"))
         elif rid not in self._delivered:
-            self._specs[rid] = spec
+            spec = self._specs.setdefault(rid, spec)
             self._to_owner(rid, ms.ReduceRequest(self._port.number, spec))
 
     def _transfer_done(self, event: ev.TransferDone) -> None:
@@ -255,7 +262,9 @@ class Client:
             case ms.Deleted(_, oid):
                 self._bury(oid)
             case ms.Failed(_, oid, text):
-                self._failed(oid, text)
+                self._failed(oid, "reduce", text)
+            case ms.Lost(_, oid, text):
+                self._lost(oid, text)
             case ms.Exists(_, oid, meta, sources):
                 if oid in self._watched:
                     self._watched.discard(oid)
@@ -314,15 +323,21 @@ class Client:
         elif self._specs.pop(oid, None) is not None:
             self._port.emit(ev.Fail(oid, "exists", text))
 
-    def _failed(self, oid: ObjectID, text: str) -> None:
+    def _failed(self, oid: ObjectID, kind: str, text: str) -> None:
         self._discard(oid)
         self._attempts.pop(oid, None)
         concerned = oid in self._wanted or oid in self._watched or oid in self._specs
-        self._wanted.discard(oid)
+        self._unwant(oid)
         self._watched.discard(oid)
         self._specs.pop(oid, None)
         if concerned:
-            self._port.emit(ev.Fail(oid, "reduce", text))
+            self._port.emit(ev.Fail(oid, kind, text))
+
+    def _lost(self, oid: ObjectID, text: str) -> None:
+        copy = self._copies.get(oid)
+        if copy is None or (not copy.complete and not copy.producing):  # else it has been put here meanwhile
+            self._failed(oid, "lost", text)
+            self._to_owner(oid, ms.Cancel(self._port.number, oid))
 
     # -- views ---------------------------------------------------------------------------------------------------------
 
@@ -353,8 +368,11 @@ class Client:
         port, number = self._port, self._port.number
         found: list[tuple[int, ms.Message]] = []
         found += [(port.owner(rid), ms.ReduceRequest(number, spec)) for rid, spec in self._specs.items()]
-        found += [(port.owner(oid), ms.Get(number, oid, attempt)) for oid, attempt in self._attempts.items()]
-        found += [(port.owner(oid), ms.Watch(number, oid)) for oid in self._watched]
+        found += [
+            (port.owner(oid), ms.Get(number, oid, attempt, None, self._last(oid)))
+            for oid, attempt in self._attempts.items()
+        ]
+        found += [(port.owner(oid), ms.Watch(number, oid, self._last(oid))) for oid in self._watched]
         found += [(port.owner(rid), message) for rid, message in self._participant.requests()]
         return found + self._queries.requests()
 
@@ -367,7 +385,16 @@ class Client:
     def _request(self, oid: ObjectID, suspect: int | None = None) -> None:
         self._last_attempt += 1
         self._attempts[oid] = self._last_attempt
-        self._to_owner(oid, ms.Get(self._port.number, oid, self._last_attempt, suspect))
+        self._to_owner(oid, ms.Get(self._port.number, oid, self._last_attempt, suspect, self._last(oid)))
+
+    def _last(self, oid: ObjectID) -> bool:
+        """Whether nobody will put it any more: the only process that could has left the view."""
+        origin = self._origins.get(oid) or oid.origin
+        return origin is not None and len(self._port.view) > 0 and not self._port.view.has(*origin)
+
+    def _unwant(self, oid: ObjectID) -> None:
+        self._wanted.discard(oid)
+        self._origins.pop(oid, None)
 
     def _cancel(self, oid: ObjectID) -> None:
         """End the attempt in force.
@@ -395,7 +422,7 @@ class Client:
             self._delivered[oid] = ms.Delivered(oid, copy.version, copy.sources)
             self._specs.pop(oid, None)
         if oid in self._wanted:
-            self._wanted.discard(oid)
+            self._unwant(oid)
             self._port.emit(ev.Deliver(oid, copy.version, copy.meta, copy.inline, copy.sources))
 
     def _discard(self, oid: ObjectID) -> None:
@@ -412,7 +439,7 @@ class Client:
         self._tombstones.add(oid)
         self._discard(oid)
         self._participant.stop_all(oid)
-        self._wanted.discard(oid)
+        self._unwant(oid)
         self._watched.discard(oid)
         self._attempts.pop(oid, None)
         self._specs.pop(oid, None)

@@ -149,9 +149,12 @@ class Directory:
                 if entry.version == version and entry.places.pop(src, None) is not None:
                     entry.recalled = False  # it may have been asked for inline bytes, and have had none
                     self._answers.settle(entry)
-            case ms.Watch(_, oid):
-                self.entry(oid).watchers.add(src)
-                self._answers.settle(self.entry(oid))
+            case ms.Watch(_, oid, last):
+                entry = self.entry(oid)
+                entry.watchers.add(src)
+                self._answers.settle(entry)
+                if src in entry.watchers and entry.lost(last):
+                    self._answers.send_lost(entry, src)
             case ms.Unwatch(_, oid):
                 self.entry(oid).watchers.discard(src)
             case ms.Delete(_, oid):
@@ -161,9 +164,13 @@ class Directory:
                 self._port.send(src, ms.LocationsReply(number, request_id, oids, found))
             case ms.ReduceRequest(_, spec):
                 self._reduce(src, spec)
-            case ms.SourceWatch(_, oid):
-                self.entry(oid).subscribers.add(src)
-                self._answers.settle(self.entry(oid))
+            case ms.SourceWatch(_, oid, last):
+                entry = self.entry(oid)
+                entry.subscribers.add(src)
+                self._answers.settle(entry)
+                if src in entry.subscribers and entry.lost(last):
+                    entry.subscribers.discard(src)
+                    self._port.send(src, ms.SourceGone(self._port.number, oid, f"every copy of {oid!r} is lost"))
             case ms.Source(_, oid):
                 for reduction in self._that_await(oid):
                     reduction.arrived(message)
@@ -233,6 +240,8 @@ class Directory:
         if not (place is not None and place.complete and entry.final):
             entry.wanted[src] = attempt
         self._answers.settle(entry)
+        if src in entry.wanted and entry.lost(message.last):
+            self._answers.send_lost(entry, src)
 
     def _is_new(self, entry: Entry, src: int, attempt: int) -> bool:
         """Whether this attempt was not heard of before in this view."""
@@ -289,13 +298,14 @@ class Directory:
             self._port.send(src, ms.Deleted(number, spec.rid))
         elif entry.error is not None:
             self._port.send(src, ms.Failed(number, spec.rid, entry.error))
-        elif known not in (None, spec) or (entry.final and entry.version == 0):
+        elif (known is not None and not known.agrees(spec, self._port.view.has)) or (
+            entry.final and entry.version == 0
+        ):
             self._port.send(
                 src, ms.Refused(number, spec.rid, f"{spec.rid!r} is known as something else; reduce into a new id")
             )
         else:
-            self._specs[spec.rid] = spec
-            self._begin(spec)
+            self._begin(self._specs.setdefault(spec.rid, spec))
 
     def _begin(self, spec: ms.ReduceSpec) -> None:
         entry = self.entry(spec.rid)

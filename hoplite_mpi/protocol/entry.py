@@ -70,6 +70,15 @@ class Entry:
         complete = [rank for rank, place in self.places.items() if place.complete]
         return min(complete, key=lambda rank: not self.places[rank].origin, default=None)
 
+    @property
+    def coming(self) -> bool:
+        """Whether there is a copy that those who wait will get, if nobody dies: complete, or being made."""
+        return any(self.fed(rank) for rank in self.places)
+
+    def lost(self, last: bool) -> bool:
+        """Whether it can't be had any more; last: nobody will put it. A final reduced object is never made again."""
+        return (last or (self.final and bool(self.version))) and not self.coming
+
     def same(self, meta: Meta, digest: bytes | None) -> bool:
         """Whether a copy with these holds the same bytes, as far as one can tell."""
         return meta == self.meta and (digest is None or self.digest is None or digest == self.digest)

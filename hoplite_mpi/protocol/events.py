@@ -132,9 +132,14 @@ class ForgetObject:
 
 @dataclass(frozen=True, slots=True)
 class GetRequested:
-    """Somebody here waits for the bytes. Answered by `Deliver` or `Fail`, however often it was asked."""
+    """Somebody here waits for the bytes. Answered by `Deliver` or `Fail`, however often it was asked.
+
+    origin: (rank, incarnation) of the only process that puts it, if that is known: once it has left the view and no copy
+    is left, that is a `Fail` of kind ``lost``. An id may say it itself (`ObjectID.origin`).
+    """
 
     oid: ObjectID
+    origin: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +178,16 @@ class ReduceRequested:
     """Reduce *sources* into *rid*. Nothing is answered: whoever wants the result gets or watches *rid*.
 
     num_objects: how many of the sources, the first to arrive (None: all); shape: see `hoplite_mpi.protocol.cost`,
-    None: let it choose. An impossible request is a `Fail` of *rid* with kind ``reduce``.
+    None: let it choose; ordered, members: see `ReduceSpec`. An impossible request is a `Fail` of *rid* with kind ``reduce``.
     """
 
     rid: ObjectID
     sources: tuple[ObjectID, ...]
-    op: str
+    op: str | bytes
     num_objects: int | None = None
     shape: str | None = None
+    ordered: bool = False
+    members: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

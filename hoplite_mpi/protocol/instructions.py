@@ -101,7 +101,7 @@ class Available:
 class Fail:
     """Those here who have to do with *oid* get an error.
 
-    kind: ``deleted`` and ``reduce``: all who wait for it, and its putter; ``exists``: its putter, or the caller of a
+    kind: ``deleted``, ``lost`` and ``reduce``: all who wait for it, and its putter; ``exists``: its putter, or the caller of a
     reduce into a known id; those who wait for its bytes or existence go on waiting.
     """
 
@@ -139,7 +139,7 @@ class StartSlot:
     rid: ObjectID
     slot: int
     generation: int
-    op: str
+    op: str | bytes
     source: ObjectID
     meta: Meta
     num_children: int
@@ -162,6 +162,8 @@ class PullChild:
     child_generation: int
     rank: int
     incarnation: int
+    #: it flows in the source's own dtype, not in that in which the operation accumulates
+    leaf: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ class ReduceInline:
 
     rid: ObjectID
     version: int
-    op: str
+    op: str | bytes
     inputs: tuple[bytes, ...]
     meta: Meta
 

@@ -32,6 +32,7 @@ __all__ = [
     "Location",
     "LocationsQuery",
     "LocationsReply",
+    "Lost",
     "Message",
     "ObjectRecord",
     "Recall",
@@ -105,6 +106,8 @@ class Get(Message):
     oid: ObjectID
     attempt: int
     suspect: int | None = None
+    #: nobody will put it any more: answer `Lost` if there is no copy to wait for
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +136,10 @@ class Forget(Message):
 
 @dataclass(frozen=True, slots=True)
 class Watch(Message):
-    """Answer with `Exists` (or `Deleted`, `Failed`) as soon as a complete and final copy exists."""
+    """Answer with `Exists` (or `Deleted`, `Failed`, `Lost`) as soon as a complete and final copy exists. last: as in `Get`."""
 
     oid: ObjectID
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,14 @@ class Failed(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Lost(Message):
+    """Every copy of the object is gone, and none is coming."""
+
+    oid: ObjectID
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exists(Message):
     """Answer to `Watch`."""
 
@@ -267,9 +279,10 @@ class LocationsReply(Message):
 
 @dataclass(frozen=True, slots=True)
 class SourceWatch(Message):
-    """From a coordinator: answer once with `Source` or `SourceGone`."""
+    """From a coordinator: answer once with `Source` or `SourceGone`. last: as in `Get`."""
 
     oid: ObjectID
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +298,7 @@ class Source(Message):
 
 @dataclass(frozen=True, slots=True)
 class SourceGone(Message):
-    """The source will never be there: it was deleted, or the reduce that makes it failed."""
+    """The source will never be there: it was deleted, its last copy is gone, or the reduce that makes it failed."""
 
     oid: ObjectID
     text: str
@@ -301,7 +314,7 @@ class SlotStart(Message):
     rid: ObjectID
     slot: int
     generation: int
-    op: str
+    op: str | bytes
     source: ObjectID
     meta: Meta
     num_children: int
@@ -320,6 +333,8 @@ class SlotChild(Message):
     child_generation: int
     rank: int
     incarnation: int
+    #: the child has no children: its stream is its source as it is
+    leaf: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,9 @@ class Participant:
         slot.children[message.child_slot] = message.child_generation
         slot.lost.discard(link)
         self._port.emit(
-            PullChild(message.rid, message.slot, message.generation, *link, message.rank, message.incarnation)
+            PullChild(
+                message.rid, message.slot, message.generation, *link, message.rank, message.incarnation, message.leaf
+            )
         )
 
     def stop(self, message: ms.SlotStop) -> None:

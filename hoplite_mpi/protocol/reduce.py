@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
@@ -50,7 +51,11 @@ class _Slot:
 
 
 class Reduction:
-    """A reduce that is not final. Every source is in exactly one of: awaited, backups, slots, inputs, gone."""
+    """A reduce that is not final. Every source is in exactly one of: awaited, backups, slots, inputs, gone.
+
+    An ordered one gives each source the slot of its place in the list, whenever it comes; others fill slots in the order of arrival.
+    One with members goes on with fewer sources when some can't come any more: with a smaller tree, from the beginning.
+    """
 
     def __init__(self, port: Port, host: Host, spec: ms.ReduceSpec) -> None:
         self._port = port
@@ -59,6 +64,10 @@ class Reduction:
         self._meta: Meta | None = None
         self._first: ObjectID | None = None
         self._tree: Tree | None = None
+        #: an ordered reduce's sources by their slots in the tree
+        self._order: tuple[ObjectID, ...] = ()
+        #: sources that will never come
+        self._gone: set[ObjectID] = set()
         #: sources whose owner was asked and has not answered
         self._awaited: set[ObjectID] = set()
         #: sources that are there and have no slot, oldest first, with their holders
@@ -66,6 +75,8 @@ class Reduction:
         self._slots: dict[int, _Slot] = {}
         #: star: bytes of the inline sources, in the order they came
         self._inputs: dict[ObjectID, bytes] = {}
+        #: star: those that were given out to be reduced
+        self._summed: tuple[ObjectID, ...] = ()
         #: generation of the root or of the star; None while nothing flows
         self.version: int | None = None
         #: final or failed: nothing is done any more
@@ -99,40 +110,64 @@ class Reduction:
         if self._meta is None:
             self._meta, self._first = meta, oid
             if message.inline is None:
-                self._tree = self._shape(meta)
+                self._plant()
         elif meta != self._meta:
             self._fail(f"sources differ: {self._first!r} is {_describe(self._meta)}, {oid!r} is {_describe(meta)}")
             return
         if self._tree is not None:
             self._backups[oid] = (message.rank, message.incarnation)
-            self._fill()
         elif message.inline is not None:
             self._inputs[oid] = message.inline
-            self._compute()
         else:  # Config.inline_limit differs between ranks
             self._fail(f"{self._first!r} is held inline and {oid!r}, of the same size, is not")
+            return
+        self._advance()
 
     def gone(self, oid: ObjectID, text: str) -> None:
         """A source will never come."""
         if self.over or oid not in self._awaited:
             return
         self._awaited.discard(oid)
-        left = len(self._awaited) + len(self._backups) + len(self._slots) + len(self._inputs)
-        if left < self.spec.num_objects:
+        self._gone.add(oid)
+        left = len(self.spec.sources) - len(self._gone)
+        if left < (1 if self.spec.members else self.spec.num_objects):
             self._fail(f"only {left} of the {self.spec.num_objects} sources needed can still come: {text}")
+            return
+        self._advance()
+
+    @property
+    def _size(self) -> int:
+        """Number of sources that go into the result."""
+        return min(self.spec.num_objects, len(self.spec.sources) - len(self._gone))
 
     def _await(self, oid: ObjectID) -> None:
         self._awaited.add(oid)
-        self._port.send(self._port.owner(oid), ms.SourceWatch(self._port.number, oid))
+        self._port.send(self._port.owner(oid), ms.SourceWatch(self._port.number, oid, self._last(oid)))
+
+    def _last(self, oid: ObjectID) -> bool:
+        """Whether nobody will put that source any more."""
+        member = self.spec.member(oid)
+        return member is not None and not self._port.view.has(*member)
+
+    def _advance(self) -> None:
+        """Do all that can be done with the sources that are there."""
+        if self._tree is None:
+            self._compute()
+            return
+        if len(self._tree) != self._size and not any(self._last(oid) for oid in self._awaited):  # else more may be gone
+            self._plant()
+        self._fill()
 
     # -- star ----------------------------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        n = self.spec.num_objects
+        n = self._size
         if len(self._inputs) < n or self.version is not None or self._meta is None:
             return
         self.version = self._port.generation()
-        inputs = tuple(list(self._inputs.values())[:n])
+        there = (oid for oid in self.spec.sources if oid in self._inputs) if self.spec.ordered else iter(self._inputs)
+        self._summed = tuple(itertools.islice(there, n))
+        inputs = tuple(self._inputs[oid] for oid in self._summed)
         self._port.emit(ReduceInline(self.spec.rid, self.version, self.spec.op, inputs, self._meta))
 
     def computed(self, event: InlineReduced) -> None:
@@ -143,14 +178,25 @@ class Reduction:
             self._fail(event.error)
             return
         self.over = True
-        sources = frozenset(list(self._inputs)[: self.spec.num_objects])
-        self._host.finalized_inline(self.spec.rid, event.version, event.meta, event.data, sources)
+        self._host.finalized_inline(self.spec.rid, event.version, event.meta, event.data, frozenset(self._summed))
 
     # -- tree ----------------------------------------------------------------------------------------------------------
 
+    def _plant(self) -> None:
+        """Begin with a tree for the sources that can still come; one that was there before is void."""
+        assert self._meta is not None
+        placed = [self._slots[slot] for slot in sorted(self._slots)]
+        if placed:
+            self._vacate(set(self._slots))
+        self._backups = {s.source: (s.rank, s.incarnation) for s in placed} | self._backups
+        self._tree = self._shape(self._meta)
+        self._order = tuple(oid for oid in self.spec.sources if oid not in self._gone) if self.spec.ordered else ()
+
     def _shape(self, meta: Meta) -> Tree:
-        n, config = self.spec.num_objects, self._port.config
+        n, config = self._size, self._port.config
         match self.spec.shape:
+            case None if self.spec.ordered:  # what is measured differs from run to run
+                return chain(n)
             case None:
                 return choose(n, meta.nbytes, config.latency, config.bandwidth, config.chunk_size).tree
             case "chain":
@@ -166,7 +212,9 @@ class Reduction:
             if not self._backups:
                 return
             if slot not in self._slots:
-                oid = next(iter(self._backups))
+                oid = self._order[slot] if self._order else next(iter(self._backups))
+                if oid not in self._backups:
+                    continue
                 rank, incarnation = self._backups.pop(oid)
                 self._place(slot, oid, rank, incarnation)
                 parent = self._tree.parent[slot]
@@ -190,7 +238,7 @@ class Reduction:
             source,
             meta,
             len(children),
-            spec.num_objects,
+            len(tree),
             is_root,
         )
         self._port.send(rank, start)
@@ -202,6 +250,7 @@ class Reduction:
             self._host.streaming(spec.rid, generation, meta, rank)
 
     def _link(self, parent: int, child: int) -> None:
+        assert self._tree is not None
         above, below = self._slots[parent], self._slots[child]
         self._port.send(
             above.rank,
@@ -214,6 +263,7 @@ class Reduction:
                 below.generation,
                 below.rank,
                 below.incarnation,
+                not self._tree.children[child],
             ),
         )
 
@@ -256,7 +306,7 @@ class Reduction:
         source = self._slots[message.slot].source
         self._vacate({message.slot})
         self._await(source)
-        self._fill()
+        self._advance()
 
     def child_lost(self, message: ms.ChildLost) -> None:
         """A slot can't get a child's stream though both live.
@@ -266,7 +316,7 @@ class Reduction:
         child = message.child_slot
         if not self._current(message.slot, message.generation) or not self._current(child, message.child_generation):
             return
-        if not self._backups:
+        if not self._backups or self._order:
             self._link(message.slot, child)
             return
         old = self._slots[child]
@@ -299,7 +349,7 @@ class Reduction:
                 for child in self._tree.children[parent]:
                     if child in self._slots:
                         self._link(parent, child)
-            self._fill()
+            self._advance()
         current = {(s.rank, i, s.generation) for i, s in self._slots.items()}
         for rank, slot, generation in sorted(reported - current):  # of another coordinator, whose stop may be lost
             self._port.send(rank, ms.SlotStop(self._port.number, self.spec.rid, slot, generation))

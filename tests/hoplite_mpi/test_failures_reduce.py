@@ -122,3 +122,85 @@ def test_a_reduce_that_needs_all_waits_for_the_lost_source() -> None:
     result = run_ranks(3, _put_again, env=env, timeout=60)
     assert [result[rank].exitcode for rank in (0, 1, 2)] == [0, KILLED, 0], result[0].output
     assert result[0].value == result[2].value == (True, True)
+
+
+def _of_members(small: bool, ordered: bool, before: bool) -> Any:
+    """The sum of everybody's part; a rank dies in the middle of it, or before it has put its part."""
+    import hoplite_mpi as hm
+
+    rank = int(os.environ["HOPLITE_RANK"])
+    os.environ["HOPLITE_NODE"] = f"node{rank}"
+    store = hm.init()
+    store.barrier()
+    rid = hm.ObjectID.from_name("result")
+    if before and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if before and rank == 3:  # it asks when one is dead, and the others perhaps before
+        _await_death(store, 4)
+    members = [(m.rank, m.incarnation) for m in store.runtime.view.members.values()]
+    store.put(_source(rank)[: 10 if small else None], hm.ObjectID.from_name(f"source {rank}"))
+    sources = [hm.ObjectID.from_name(f"source {r}") for r, _ in members]
+    store.reduce(sources, object_id=rid, deterministic=ordered, members=members)
+    got, used = store.get(rid), store.reduced_from(rid)
+    _await_death(store, 4)
+    with pytest.raises(hm.ObjectLostError):
+        store.get(hm.ObjectID.from_name("never put"), origin=(1, 0))
+    store.barrier()
+    used_ranks = [r for r in range(4) if hm.ObjectID.from_name(f"source {r}") in used]
+    return bool((got == sum(10.0**r for r in used_ranks)).all()), used_ranks
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("small", [False, True])
+def test_a_member_that_dies_before_it_has_put_its_part_is_left_out(small: bool, ordered: bool) -> None:
+    result = run_ranks(4, _of_members, (small, ordered, True), env=ENV, timeout=60)
+    assert _check(result, 1) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("chunk", [1, CHUNKS // 2])
+def test_a_member_that_dies_in_the_middle_is_left_out(chunk: int, ordered: bool) -> None:
+    fault = f"1:transfer.chunk_sent=kill@{chunk};1:reduce.chunk=kill@{chunk}"
+    result = run_ranks(4, _of_members, (False, ordered, False), env=ENV | {"HOPLITE_FAULT": fault}, timeout=60)
+    assert _check(result, 1) == [0, 2, 3]
+
+
+def _lost() -> Any:
+    """Rank 1 has the only copy of what it put, and dies; rank 0 gets, watches and reduces it."""
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    rank = int(os.environ["HOPLITE_RANK"])
+    os.environ["HOPLITE_NODE"] = f"node{rank}"
+    store = hm.init()
+    mail = hm.Mailbox(store, 1)
+    store.barrier()
+    if rank == 1:
+        oid, copied = store.put(np.ones(100_000)), store.put(np.full(100_000, 2.0))
+        mail.send(0, bytes(oid) + bytes(copied))
+        mail.receive()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        _, message = mail.receive()
+        oid, copied = hm.ObjectID(message[:16]), hm.ObjectID(message[16:])
+        store.get(copied)
+        rid = store.reduce([oid, copied])
+        mail.send(1, b"die")
+        _await_death(store, 3)
+        for wait in (store.get, store.reduced_from):
+            with pytest.raises(hm.ObjectLostError, match="lost"):
+                wait(oid)
+        assert store.wait([oid])[0] == [oid]
+        with pytest.raises(hm.ReduceError, match="lost"):
+            store.get(rid)
+        assert store.get(copied)[0] == 2.0
+    else:
+        _await_death(store, 3)
+    store.barrier()
+    return True
+
+
+def test_a_get_of_what_is_lost_says_so() -> None:
+    result = run_ranks(3, _lost, env=ENV, timeout=60)
+    assert [result[rank].exitcode for rank in (0, 1, 2)] == [0, KILLED, 0], result[0].output

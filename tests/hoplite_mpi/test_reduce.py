@@ -194,8 +194,6 @@ def test_what_can_not_be_asked_for(store: ObjectStore, name: Name) -> None:
             store.reduce(*arguments)  # type: ignore[arg-type]
     with pytest.raises(hm.ReduceError, match="no reduce operation is called 'average'"):
         store.reduce([oid], "average")
-    with pytest.raises(hm.ReduceError, match="deterministic"):
-        store.reduce([oid], deterministic=True)
     with pytest.raises(hm.ReduceError, match="was put, not reduced"):
         store.reduced_from(oid)
     with pytest.raises(ValueError, match="among its sources"):

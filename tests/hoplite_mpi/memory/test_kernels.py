@@ -7,6 +7,7 @@ import warnings
 from functools import reduce
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -80,7 +81,7 @@ def test_halves_accumulate_in_float32() -> None:
 
 
 def test_bfloat16() -> None:
-    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    dtype = ml_dtypes.bfloat16
     a, b = np.array([1.5, 3.0], dtype), np.array([2.0, -1.0], dtype)
     out, wide = np.empty_like(a), np.empty(2, np.float32)
     reduce_into(SUM, out, a, b)
@@ -128,7 +129,7 @@ def test_mean(dtype: str) -> None:
     assert out.dtype == np.dtype(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["i8", "?", "f2"])
+@pytest.mark.parametrize("dtype", ["i8", "?"])
 def test_mean_is_refused_where_it_would_be_inexact(dtype: str) -> None:
     with pytest.raises(ReduceError, match="mean"):
         reduce_into("mean", np.zeros(2, dtype), np.zeros(2, dtype), np.zeros(2, dtype))

@@ -169,6 +169,76 @@ def test_random_runs_without_deaths(seed: int) -> None:
     run(seed, deaths=False, dup_rate=0.3)
 
 
+# -- a reduce of those who are there ----------------------------------------------------------------------------------
+
+SUMS = [ObjectID.from_name(f"sum of all {i}") for i in range(2)]
+
+
+def part(number: int, member: tuple[int, int]) -> ObjectID:
+    return ObjectID.from_name(f"part {number} of {member}")
+
+
+def run_joint(seed: int) -> World:
+    """Everybody puts a part and asks for the sum of all parts, with the members that are alive as far as it knows."""
+    rng = random.Random(seed)
+    world = World(rng, rng.randint(2, 6), rng.randint(1, 3))
+    world.dup_rate = 0.05
+    founders = [(m.rank, m.incarnation) for m in world.view.members.values()]
+    rng.shuffle(founders)
+    shape, ordered, small = rng.choice([None, "chain", "star"]), rng.random() < 0.5, rng.random() < 0.3
+    bits = {part(n, m): 1 << i for n in range(len(SUMS)) for i, m in enumerate(founders)}
+    todo = [(n, m) for n in range(len(SUMS)) for m in founders]
+    rng.shuffle(todo)
+
+    def contribute(number: int, member: tuple[int, int]) -> None:
+        node = world.alive(*member)
+        if node is None or node.protocol.view.number == 0:
+            return
+        alive = [m for m in founders if node.protocol.view.has(*m)]
+        sources = tuple(part(number, m) for m in alive)
+        world.put(member[0], part(number, member), bits[part(number, member)], small, confirm=False)
+        world.reduce(member[0], ev.ReduceRequested(SUMS[number], sources, "sum", None, shape, ordered, tuple(alive)))
+        world.requests[SUMS[number]] = ev.ReduceRequested(SUMS[number], tuple(bits), "sum", members=tuple(founders))
+        world.get(member[0], SUMS[number])
+
+    while world.nodes[min(world.nodes)].protocol.view.number == 0:
+        world.step()
+    spare = 10
+    while todo:
+        contribute(*todo.pop())
+        for _ in range(rng.choice([0, 1, 5, 30, 200])):
+            world.step()
+        if rng.random() < 0.05:
+            fail_some(world, rng)
+        if rng.random() < 0.2 and len(world.nodes) > 1:
+            world.change(kill=[rng.choice(sorted(world.nodes))], join=[spare] if rng.random() < 0.5 else None)
+            spare += 1
+    world.settle()
+    alive = [m for m in founders if world.alive(*m)]
+    for number, oid in enumerate(SUMS):
+        for member in founders:  # whoever had no view when it was its turn, and whoever died
+            if member in alive and part(number, member) not in world.values:
+                contribute(number, member)
+            for rank in world.nodes:
+                world.get(rank, part(number, member), member)
+        world.settle()
+        results = {(d.version, d.sources) for m in alive if (d := world.nodes[m[0]].delivered.get(oid))}
+        assert len(results) == (1 if alive else 0), f"results of {oid}: {results}"
+        for member in alive:
+            assert world.nodes[member[0]].failed.get(oid) is None
+            assert oid in world.nodes[member[0]].delivered
+            assert part(number, member) in next(iter(results))[1]
+        for node in world.nodes.values():
+            assert node.wanted <= set(SUMS), f"rank {node.rank} waits for a part, whose process may be dead"
+    return world
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2**64))
+def test_reduce_of_members_takes_those_who_live(seed: int) -> None:
+    run_joint(seed)
+
+
 # -- the runs above do find faults -------------------------------------------------------------------------------------
 
 

@@ -142,10 +142,10 @@ class World:
         inline = np.full(n, value, np.int64).tobytes() if small else None
         self.handle(node, ev.ObjectStored(oid, meta_of(small), digest_of(value), inline, confirm))
 
-    def get(self, rank: int, oid: ObjectID) -> None:
+    def get(self, rank: int, oid: ObjectID, origin: tuple[int, int] | None = None) -> None:
         node = self.nodes[rank]
         node.wanted.add(oid)
-        self.handle(node, ev.GetRequested(oid))
+        self.handle(node, ev.GetRequested(oid, origin))
 
     def abandon(self, rank: int, oid: ObjectID) -> None:
         self.nodes[rank].wanted.discard(oid)
@@ -267,6 +267,12 @@ class World:
         node = self.nodes.get(rank)
         return node if node is not None and node.incarnation == incarnation else None
 
+    def usable(self, oid: ObjectID) -> bool:
+        """Whether somebody whose view is the newest has a copy to give."""
+        return any(
+            n.protocol.client.holds(oid) for n in self.nodes.values() if n.protocol.view.number == self.view.number
+        )
+
     def length(self, oid: ObjectID) -> int:
         return SMALL if oid in self.small else CHUNKS
 
@@ -374,6 +380,7 @@ class World:
                 node.putting.discard(oid)
                 node.failed[oid] = kind
                 if kind != "exists":
+                    assert kind != "lost" or not self.usable(oid), f"{oid} is not lost"
                     assert kind != "deleted" or oid in self.deleted
                     node.wanted.discard(oid)
                     node.watched.discard(oid)
@@ -439,6 +446,6 @@ class World:
             assert d.sources is not None
             assert d.sources <= set(request.sources)
             n = len(set(request.sources)) if request.num_objects is None else request.num_objects
-            assert len(d.sources) == n
+            assert len(d.sources) == n or (request.members and d.sources)
             expected = sum(self.values[oid] for oid in d.sources)
         assert chunks == [expected] * len(chunks), f"{d.oid}: {chunks} instead of {expected}"
