@@ -264,6 +264,9 @@ class Runtime:
             case ev.Deliver():
                 self.objects.deliver(what)
                 self.on_answer(what)
+            case ev.Stored():
+                self.arena.confirm(what.oid)
+                self.on_answer(what)
             case _:
                 self.on_answer(what)
 
@@ -417,10 +420,13 @@ class Runtime:
                 continue
             if found.version:
                 continue  # whether a reduced object is final is not known from its bytes
+            if found.provisional:  # its put has not returned, and other bytes may have won its id
+                self.arena.delete(found.oid)
+                continue
             pinned = self.arena.map(found.oid)
             if pinned is not None:
                 self.objects.stored(found.oid, pinned.meta, pinned)
-                self.handle(ev.AdoptObject(found.oid, pinned.meta))
+                self.handle(ev.AdoptObject(found.oid, pinned.meta, found.digest))
 
     def ready(self, oid: ObjectID) -> Ready | None:
         """Return the object if it can be had here at once. Any thread."""

@@ -114,16 +114,18 @@ class ObjectStore:
         if meta.nbytes <= self._config.inline_limit:
             self._store(oid, meta, digest, bytes(source), None, confirm)
         else:
-            pinned, fresh = self._seal(oid, meta, source)
+            pinned, fresh = self._seal(oid, meta, source, digest, confirm)
             self._store(oid, meta, digest, None, pinned, confirm, fresh)
 
-    def _seal(self, oid: ObjectID, meta: Meta, source: memoryview) -> tuple[Pinned, bool]:
+    def _seal(
+        self, oid: ObjectID, meta: Meta, source: memoryview, digest: bytes, provisional: bool
+    ) -> tuple[Pinned, bool]:
         """Return the sealed bytes, and whether it was this call that sealed them."""
         memory = self._runtime.memory
         for _ in range(_SEAL_ATTEMPTS):
             known, fresh = memory.map(oid), False
             if known is None:
-                region = memory.allocate(oid, meta)
+                region = memory.allocate(oid, meta, 0, digest, provisional)
                 try:
                     memory.copy(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)).wait()
                     fresh = region.seal()

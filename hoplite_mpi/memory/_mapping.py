@@ -43,13 +43,14 @@ SEALED = 2
 #: nobody may pin it any more; its bytes stay as they are while a pin stands
 RETIRED = 3
 
-_MAGIC = b"HOPLITE\x01"  # the last byte is the version of this layout
+_MAGIC = b"HOPLITE\x02"  # the last byte is the version of this layout
 _FIXED = struct.Struct(
-    "=8s I 4x 16s Q Q Q i i I H H I"
-)  # magic state | oid version nbytes tag rank incarnation pid slot generation meta_len
+    "=8s I I 16s Q Q 16s i i I H H I"
+)  # magic state provisional | oid version nbytes digest rank incarnation pid slot generation meta_len
 _STATE_OFFSET = 8
+_PROVISIONAL_OFFSET = 12
 _VERSION_OFFSET = 32
-_OWNER_OFFSET = 56
+_OWNER_OFFSET = 64
 _PINS_OFFSET = 2048
 META_LIMIT = _PINS_OFFSET - _FIXED.size
 
@@ -96,7 +97,20 @@ def punch_hole(fd: int, size: int) -> None:
 class HeaderFields:
     """The fixed fields of a header, copied out of it at one time."""
 
-    __slots__ = ("generation", "incarnation", "meta", "nbytes", "oid", "pid", "rank", "slot", "state", "tag", "version")
+    __slots__ = (
+        "digest",
+        "generation",
+        "incarnation",
+        "meta",
+        "nbytes",
+        "oid",
+        "pid",
+        "provisional",
+        "rank",
+        "slot",
+        "state",
+        "version",
+    )
 
     def __init__(self, page: bytes | memoryview, path: str) -> None:
         if len(page) < _PINS_OFFSET:
@@ -104,10 +118,11 @@ class HeaderFields:
         (
             magic,
             self.state,
+            self.provisional,
             oid,
             self.version,
             self.nbytes,
-            self.tag,
+            self.digest,
             self.rank,
             self.incarnation,
             self.pid,
@@ -153,7 +168,8 @@ class Header:
         oid: bytes,
         version: int,
         nbytes: int,
-        tag: int,
+        digest: bytes,
+        provisional: bool,
         rank: int,
         incarnation: int,
         slot: int,
@@ -167,10 +183,11 @@ class Header:
             0,
             _MAGIC,
             FILLING,
+            provisional,
             oid,
             version,
             nbytes,
-            tag,
+            digest,
             rank,
             incarnation,
             pid,
@@ -182,6 +199,10 @@ class Header:
 
     def set_version(self, version: int) -> None:
         struct.pack_into("=Q", self._page, _VERSION_OFFSET, version)
+
+    def confirm(self) -> None:
+        """The object is what its id stands for in the whole run."""
+        struct.pack_into("=I", self._page, _PROVISIONAL_OFFSET, 0)
 
     def set_owner(self, rank: int, incarnation: int, slot: int, generation: int) -> None:
         """Name another live process as the owner."""

@@ -112,9 +112,12 @@ class Arena(Allocator):
 
     # -- allocating
 
-    def allocate(self, oid: ObjectID, meta: Meta, version: int = 0, tag: int = 0) -> Region:
+    def allocate(
+        self, oid: ObjectID, meta: Meta, version: int = 0, digest: bytes | None = None, provisional: bool = False
+    ) -> Region:
         """Return memory for an object, reserved; StoreFullError if there is no room, and then nothing has changed.
 
+        digest: 16 bytes, of the object's bytes, for whoever adopts it. provisional: other bytes may yet win its id; see `confirm`.
         Takes about 0.5 s per GiB that can't be recycled, without the GIL. ValueError if the dtype's description
         exceeds the header.
         """
@@ -126,7 +129,16 @@ class Arena(Allocator):
         mapping = self._obtain(meta.nbytes, f"{oid!r}", named=True)
         roster = self._roster
         mapping.header.write(
-            bytes(oid), version, meta.nbytes, tag, self.rank, self.incarnation, roster.slot, roster.generation, wire
+            bytes(oid),
+            version,
+            meta.nbytes,
+            digest or bytes(16),
+            provisional,
+            self.rank,
+            self.incarnation,
+            roster.slot,
+            roster.generation,
+            wire,
         )
         with self._locked():
             return Region(self, mapping, self._export(mapping, meta.nbytes, writable=True), oid, meta, version)
@@ -257,6 +269,13 @@ class Arena(Allocator):
                 self._used += mapping.charge
             return True
 
+    def confirm(self, oid: ObjectID, version: int = 0) -> None:
+        """Mark a sealed object that was provisional as what its id stands for: whoever adopts it may serve it."""
+        with self._locked():
+            mapping = self._by_key.get((oid, version))
+            if mapping is not None:
+                mapping.header.confirm()
+
     def file(self, oid: ObjectID, version: int = 0) -> tuple[str, int]:
         """Return the path of a sealed object's file and the offset of its data, for a process that only reads it."""
         return self._path((oid, version)), HEADER
@@ -273,7 +292,10 @@ class Arena(Allocator):
             fields = None if key is None else self._read(os.path.join(self.directory, name))
             if key is not None and fields is not None and fields.state == SEALED:
                 meta = _meta_of(fields.meta)
-                yield ObjectInfo(key[0], key[1], meta, fields.rank, fields.incarnation)
+                digest = fields.digest if any(fields.digest) else None
+                yield ObjectInfo(
+                    key[0], key[1], meta, fields.rank, fields.incarnation, digest, bool(fields.provisional)
+                )
 
     @staticmethod
     def _read(path: str) -> HeaderFields | None:

@@ -38,8 +38,10 @@ class HostMemory:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
 
-    def allocate(self, oid: ObjectID, meta: Meta, version: int = 0, tag: int = 0) -> Region:
-        return self.arena.allocate(oid, meta, version, tag)
+    def allocate(
+        self, oid: ObjectID, meta: Meta, version: int = 0, digest: bytes | None = None, provisional: bool = False
+    ) -> Region:
+        return self.arena.allocate(oid, meta, version, digest, provisional)
 
     def allocate_private(self, nbytes: int) -> Region:
         return self.arena.allocate_private(nbytes)

@@ -36,8 +36,13 @@ class Memory(Protocol):
     Buffers are arrays of the implementation's kind, and stay alive while referred to.
     """
 
-    def allocate(self, oid: ObjectID, meta: Meta, version: int = 0, tag: int = 0) -> Region:
-        """Return writable memory for an object, to be sealed; StoreFullError if there is none."""
+    def allocate(
+        self, oid: ObjectID, meta: Meta, version: int = 0, digest: bytes | None = None, provisional: bool = False
+    ) -> Region:
+        """Return writable memory for an object, to be sealed; StoreFullError if there is none.
+
+        digest: 16 bytes, of the object's bytes, for whoever adopts it. provisional: other bytes may yet win its id.
+        """
         ...
 
     def allocate_private(self, nbytes: int) -> Region:

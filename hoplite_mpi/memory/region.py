@@ -28,6 +28,10 @@ class ObjectInfo(NamedTuple):
     #: of the process that sealed or adopted it
     rank: int
     incarnation: int
+    #: of its bytes; None: not known
+    digest: bytes | None
+    #: nobody has said that the id stands for these bytes
+    provisional: bool
 
 
 class Pinned:

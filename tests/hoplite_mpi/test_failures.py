@@ -263,3 +263,43 @@ def _stopped_sender() -> Any:
 def test_memory_of_a_stalled_transfer_comes_back() -> None:
     result = run_ranks(2, _stopped_sender, env=ENV, timeout=60)
     assert [result[rank].exitcode for rank in range(2)] == [0, 0], result[1].output
+
+
+def _dies_in_put(accepted: bool) -> Any:
+    """Rank 1 dies with a sealed object under a given id, before or after the owner has said that it counts."""
+    import os
+    import signal
+    import time
+
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    store = hm.init()
+    oid, ours = hm.ObjectID.from_name("given"), np.full(100_000, 1.0)
+    store.barrier()
+    if store.rank == 1:
+        if accepted:
+            store.put(np.zeros(100_000), oid)
+        else:
+            from hoplite_mpi.meta import Meta
+
+            store.runtime.memory.allocate(oid, Meta.of_array(ours), 0, bytes(range(16)), True).seal()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while store.size == 2:
+        time.sleep(0.005)
+    if accepted:
+        with pytest.raises(hm.ObjectExistsError):
+            store.put(ours, oid)
+        assert store.get(oid)[0] == 0
+        assert store.put(np.zeros(100_000), oid) == oid
+    else:
+        assert store.put(ours, oid) == oid
+        assert store.get(oid)[0] == 1
+    return True
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_only_a_put_that_counts_outlives_its_rank(accepted: bool) -> None:
+    result = run_ranks(2, _dies_in_put, (accepted,), timeout=60)
+    assert result[0].value is True, result[0].output
