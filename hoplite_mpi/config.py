@@ -44,6 +44,10 @@ class Config:
     latency: float = 100e-6
     #: assumed bandwidth in bytes per second, for the reduce's cost model
     bandwidth: float = 1.0e9
+    #: an allreduce or reduce_scatter of this many bytes or more is split into one stripe for each rank
+    stripe_threshold: int = 1 << 20
+    #: seconds that an allreduce waits for all to come before it begins with those who are there, and without stripes
+    stripe_patience: float = 0.01
     #: seconds without traffic after which the engine stops polling and blocks
     spin_time: float = 0.002
     #: seconds between the polls of a blocked engine (safety net beside the doorbell)

@@ -18,9 +18,9 @@ class ObjectID:
     """
 
     SIZE = 16
-    #: an id that says which process alone puts under it: mark, rank (3 bytes), incarnation, random
+    #: an id that says which process alone puts under it: mark, rank, incarnation, a hash or random bytes
     _MARK = b"\xfeHM"
-    _ORIGIN = struct.Struct(">3s3sH8s")
+    _ORIGIN = struct.Struct(">3s3s3s7s")
     __slots__ = ("_bytes", "_hash")
 
     def __init__(self, raw: bytes) -> None:
@@ -31,32 +31,35 @@ class ObjectID:
         self._hash = hash(raw)
 
     @classmethod
-    def from_name(cls, name: str) -> ObjectID:
-        """Return the id of that name: the BLAKE2b hash of it, so the same on every rank."""
+    def from_name(cls, name: str, origin: tuple[int, int] | None = None) -> ObjectID:
+        """Return the id of that name: the BLAKE2b hash of it, so the same on every rank.
+
+        origin: (rank, incarnation), each below 2^24, of the only process that will put under it: then whoever waits for the object
+        knows that it can't come any more once this process and every copy are gone.
+        """
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {type(name).__name__}")
-        return cls(_unmarked(hashlib.blake2b(name.encode(), digest_size=cls.SIZE).digest()))
+        digest = hashlib.blake2b(name.encode(), digest_size=cls.SIZE).digest()
+        return cls(_unmarked(digest) if origin is None else cls._owned(origin, digest))
 
     @classmethod
-    def random(cls) -> ObjectID:
-        """Return an id that nobody else has."""
-        return cls(_unmarked(os.urandom(cls.SIZE)))
+    def random(cls, origin: tuple[int, int] | None = None) -> ObjectID:
+        """Return an id that nobody else has. origin: as in `from_name`."""
+        raw = os.urandom(cls.SIZE)
+        return cls(_unmarked(raw) if origin is None else cls._owned(origin, raw))
 
     @classmethod
-    def unique(cls, rank: int, incarnation: int) -> ObjectID:
-        """Return an id that nobody else has, and under which only that process will put.
-
-        So that whoever waits for the object knows that it can't come any more once the process and every copy are gone.
-        """
-        if rank >= 1 << 24 or incarnation >= 1 << 16:  # too large to be told by the id: who waits, waits
-            return cls.random()
-        return cls(cls._ORIGIN.pack(cls._MARK, rank.to_bytes(3, "big"), incarnation, os.urandom(8)))
+    def _owned(cls, origin: tuple[int, int], raw: bytes) -> bytes:
+        rank, incarnation = origin
+        if not (0 <= rank < 1 << 24 and 0 <= incarnation < 1 << 24):
+            raise ValueError(f"rank {rank}, incarnation {incarnation}: an id can say only those below {1 << 24}")
+        return cls._ORIGIN.pack(cls._MARK, rank.to_bytes(3, "big"), incarnation.to_bytes(3, "big"), raw[:7])
 
     @property
     def origin(self) -> tuple[int, int] | None:
         """(rank, incarnation) of the only process that puts under this id; None: anybody may."""
         mark, rank, incarnation, _ = self._ORIGIN.unpack(self._bytes)
-        return (int.from_bytes(rank, "big"), incarnation) if mark == self._MARK else None
+        return (int.from_bytes(rank, "big"), int.from_bytes(incarnation, "big")) if mark == self._MARK else None
 
     @classmethod
     def from_hex(cls, text: str) -> ObjectID:

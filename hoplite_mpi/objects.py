@@ -276,6 +276,11 @@ class Objects:
                 self._memory.delete(oid, copy.version)
             self._forget(copy)
 
+    def retire(self, oid: ObjectID) -> None:
+        """Forget that it was ever here."""
+        self.ready.pop(oid, None)
+        self._dropped.pop(oid, None)
+
     def _drop_other(self, oid: ObjectID, version: int) -> None:
         copy = self._copies.get(oid)
         if copy is not None and copy.version != version:

@@ -253,6 +253,9 @@ class Runtime:
                 self.objects.abort_transfer(what)
             case ev.Drop():
                 self.objects.drop(what.oid, what.version)
+            case ev.Retired():
+                self.objects.retire(what.oid)
+                self.slots.retire(what.oid)
             case ev.StartSlot():
                 self.slots.start(what)
             case ev.PullChild():

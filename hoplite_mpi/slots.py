@@ -119,7 +119,7 @@ class Slots:
         self._starting: dict[tuple[ObjectID, int], _Starting] = {}
         self._slots: dict[tuple[ObjectID, int], _Slot] = {}
         #: newest generation of each slot that was stopped here: its streams are refused
-        self._stopped: dict[tuple[ObjectID, int], int] = {}
+        self._stopped: dict[ObjectID, dict[int, int]] = {}
 
     def find(self, key: bytes) -> Any:
         """Return the output stream of that name, REFUSE, or None if it may still come."""
@@ -128,7 +128,9 @@ class Slots:
         slot = self._slots.get(name)
         if slot is not None and slot.what.generation == generation:
             return slot.output
-        if (slot is not None and slot.what.generation > generation) or self._stopped.get(name, -1) >= generation:
+        if (slot is not None and slot.what.generation > generation) or self._stopped.get(name[0], {}).get(
+            number, -1
+        ) >= generation:
             return REFUSE
         return None
 
@@ -272,7 +274,12 @@ class Slots:
         slot = self._slots.get(name) or self._starting.get(name)
         if slot is not None and slot.what.generation <= what.generation:
             self._stop(name)
-        self._stopped[name] = max(what.generation, self._stopped.get(name, -1))
+        stopped = self._stopped.setdefault(what.rid, {})
+        stopped[what.slot] = max(what.generation, stopped.get(what.slot, -1))
+
+    def retire(self, rid: ObjectID) -> None:
+        """Forget that there were slots of that reduce."""
+        self._stopped.pop(rid, None)
 
     async def _run(self, slot: _Slot) -> None:
         what, step = slot.what, slot.step

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hoplite_mpi.barrier import Barrier
+from hoplite_mpi.collectives import Collectives, Rounds
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
     ClosedError,
@@ -40,8 +40,8 @@ __all__ = ["ObjectStore", "Statistics"]
 _SEAL_ATTEMPTS = 20
 
 
-class ObjectStore:
-    """Immutable objects that every rank can put and get. Thread-safe. Made by `hoplite_mpi.init`."""
+class ObjectStore(Collectives):
+    """Immutable objects that every rank can put and get, and collectives over them. Thread-safe. Made by `hoplite_mpi.init`."""
 
     def __init__(self, runtime: Runtime, mode: FaultMode) -> None:
         self._runtime = runtime
@@ -50,8 +50,10 @@ class ObjectStore:
         #: what this store can survive, and why
         self.fault_mode = mode
         self._waiting = Waiting(runtime)
-        self._barrier = Barrier(runtime, self)
         self._serial = itertools.count(1)
+        self._calls = {}
+        #: the collective calls of this rank
+        self.rounds = Rounds(self)
 
     # -- who is there --------------------------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class ObjectStore:
         (other bytes under that id; the same bytes are fine), ObjectDeletedError, StoreFullError, TypeError for Python objects.
         """
         self._runtime.check()
-        oid = ObjectID.unique(*self._runtime.me) if object_id is None else _checked(object_id)
+        oid = ObjectID.random(self._runtime.me) if object_id is None else _checked(object_id)
         meta, source = as_bytes(array)
         digest = bytes(oid) if object_id is None else hashlib.blake2b(source, digest_size=16).digest()
         self._put(oid, meta, digest, source, confirm=object_id is not None)
@@ -190,6 +192,11 @@ class ObjectStore:
         """Bytes up to which an object lives in the directory and not in shared memory."""
         return self._config.inline_limit
 
+    def retire(self, oids: Iterable[ObjectID], tell: Iterable[ObjectID]) -> None:
+        """Forget objects that nobody in the whole run will ever ask for again, without a tombstone; see `RetireRequested`."""
+        if not self.closed:
+            self._engine.run(lambda: self._runtime.handle(ev.RetireRequested(tuple(oids), tuple(tell))))
+
     def channel(self, number: int, receive: Callable[[tuple[int, int], bytes], None]) -> Callable[[int, bytes], bool]:
         """Open a channel for messages between ranks; return ``send(rank, bytes) -> is it a member``.
 
@@ -199,26 +206,24 @@ class ObjectStore:
         return lambda rank, payload: self._runtime.send(rank, number, payload)
 
     def on_view(self, listener: Callable[[View, tuple[Member, ...]], None]) -> View:
-        """Have *listener* told each new view and who was lost; it has to be short. Return the view of now."""
+        """Have *listener* told each new view and who was lost; it has to be short. Return the view of now: number 0 before the first."""
 
         def begin() -> View:
             self._runtime.view_listeners.append(listener)
-            assert self._runtime.view is not None
-            return self._runtime.view
+            return self._runtime.view or View(0)
 
         view: View = self._engine.run(begin)
         return view
 
-    def get(self, object_id: ObjectID, timeout: Any = DEFAULT, origin: tuple[int, int] | None = None) -> Any:
+    def get(self, object_id: ObjectID, timeout: Any = DEFAULT) -> Any:
         """Return the object as a read-only ndarray, or a read-only memoryview if bytes were put; zero copy on its node.
 
-        Waits until it exists. origin: (rank, incarnation) of the only process that will put it; once that is gone, and every copy
-        with it, waiting ends with ObjectLostError. An id that `put` chose says this itself.
-        Errors: GetTimeoutError, ObjectDeletedError, ObjectLostError, ReduceError, StoreFullError.
+        Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ReduceError, StoreFullError, and ObjectLostError if every copy
+        is gone and nobody will put it again: of ids that `put` chose, or that were made for one process (`ObjectID.from_name`).
         """
-        return _result(self.get_async(object_id, origin), timeout)
+        return _result(self.get_async(object_id), timeout)
 
-    def get_async(self, object_id: ObjectID, origin: tuple[int, int] | None = None) -> Future:
+    def get_async(self, object_id: ObjectID) -> Future:
         """Return a future of what `get` returns."""
         oid = _checked(object_id)
         future = Future(self._engine, f"get of {oid}", on_cancel=lambda: self._abandon(oid, future))
@@ -229,7 +234,7 @@ class ObjectStore:
                 self._waiting.resolve([future], self._runtime.objects.value(oid, ready))
                 return
             self._waiting.getters.setdefault(oid, []).append(future)
-            self._runtime.handle(ev.GetRequested(oid, origin))
+            self._runtime.handle(ev.GetRequested(oid))
 
         self._locked(begin)
         return future
@@ -320,7 +325,7 @@ class ObjectStore:
         deterministic: bool = False,
         *,
         shape: str | None = None,
-        members: Sequence[tuple[int, int]] = (),
+        skip_lost: bool = False,
     ) -> ObjectID:
         """Reduce arrays of equal dtype and shape into a new object; return its id at once.
 
@@ -331,8 +336,8 @@ class ObjectStore:
         num_objects: reduce only so many, the first to arrive.
         deterministic: combine in the order of *object_ids*, the same bits whatever the arrivals; an operation need not commute then.
         shape: "chain", "star" or "tree_of_chains" instead of the one that the cost model chooses.
-        members: (rank, incarnation) of the process that alone puts each object; an object that can't come any more, as its process is
-        gone, is left out. Ranks that ask for one result may differ in the objects of processes that are gone.
+        skip_lost: leave out objects that are lost (see `get`), if one is left. Ranks that ask for one result may differ in them then:
+        the first request counts.
         """
         self._runtime.check()
         oids = tuple(_checked(oid) for oid in object_ids)
@@ -344,13 +349,11 @@ class ObjectStore:
             raise ValueError(f"num_objects is {num_objects}, but {len(oids)} objects were given")
         if deterministic and num_objects is not None:
             raise ReduceError("deterministic=True can't be had with num_objects, which takes whatever comes first")
-        if members and len(members) != len(oids):
-            raise ValueError(f"{len(members)} members were given for {len(oids)} objects")
         token = as_op(op).token
         rid = ObjectID.random() if object_id is None else _checked(object_id)
         if rid in oids:
             raise ValueError(f"the result of a reduce, {rid}, can't be among its sources")
-        wanted = ev.ReduceRequested(rid, oids, token, num_objects, shape, deterministic, tuple(members))
+        wanted = ev.ReduceRequested(rid, oids, token, num_objects, shape, deterministic, skip_lost)
         self._locked(lambda: self._runtime.handle(wanted))
         return rid
 
@@ -367,10 +370,6 @@ class ObjectStore:
     def explain_reduce(self, n: int, nbytes: int) -> cost.Choice:
         """Return the shape that a reduce of *n* objects of *nbytes* bytes would have, and why: predicted seconds, L and B."""
         return cost.choose(n, nbytes, self._config.latency, self._config.bandwidth, self._config.chunk_size)
-
-    def barrier(self, timeout: Any = DEFAULT) -> None:
-        """Wait until every member has called it as often as this rank has. Members that die meanwhile are not waited for."""
-        self._barrier.wait(timeout)
 
     # -- the store itself --------------------------------------------------------------------------------------------------------
 

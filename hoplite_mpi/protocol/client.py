@@ -31,8 +31,6 @@ class Client:
         self._copies: dict[ObjectID, Copy] = {}
         #: somebody here waits for the bytes
         self._wanted: set[ObjectID] = set()
-        #: (rank, incarnation) of the only process that puts what is wanted, where that is known
-        self._origins: dict[ObjectID, tuple[int, int]] = {}
         #: the attempt in force; of every wanted id, and of what is being received for nobody any longer
         self._attempts: dict[ObjectID, int] = {}
         self._watched: set[ObjectID] = set()
@@ -85,8 +83,8 @@ class Client:
                 self._adopt(event)
             case ev.ForgetObject(oid):
                 self._forget(oid)
-            case ev.GetRequested(oid, origin):
-                self._get(oid, origin)
+            case ev.GetRequested(oid):
+                self._get(oid)
             case ev.GetAbandoned(oid):
                 self._abandon(oid)
             case ev.WatchRequested(oid):
@@ -100,6 +98,8 @@ class Client:
                 self._to_owner(oid, ms.Delete(self._port.number, oid))
             case ev.ReduceRequested():
                 self._reduce(event)
+            case ev.RetireRequested():
+                self._retire(event)
             case ev.LocationsRequested():
                 self._queries.ask(event)
             case ev.TransferDone():
@@ -163,21 +163,18 @@ class Client:
         if oid in self._wanted:
             self._request(oid)
 
-    def _get(self, oid: ObjectID, origin: tuple[int, int] | None) -> None:
+    def _get(self, oid: ObjectID) -> None:
         if oid in self._tombstones:
             self._port.emit(ev.Fail(oid, "deleted", f"{oid!r} was deleted"))
             return
         self._wanted.add(oid)
-        learned = origin is not None and oid not in self._origins
-        if origin is not None:
-            self._origins[oid] = origin
         if self.holds(oid):
             self._finish(oid)
-        elif oid not in self._attempts or (learned and self._last(oid) and self._copies.get(oid) is None):
+        elif oid not in self._attempts:
             self._request(oid)
 
     def _abandon(self, oid: ObjectID) -> None:
-        self._unwant(oid)
+        self._wanted.discard(oid)
         copy = self._copies.get(oid)
         if oid in self._attempts and (copy is None or copy.sender is None):
             self._cancel(oid)
@@ -194,7 +191,7 @@ class Client:
     def _reduce(self, event: ev.ReduceRequested) -> None:
         rid, sources = event.rid, tuple(dict.fromkeys(event.sources))
         n = len(sources) if event.num_objects is None else event.num_objects
-        spec = ms.ReduceSpec(rid, sources, event.op, n, event.shape, event.ordered, event.members)
+        spec = ms.ReduceSpec(rid, sources, event.op, n, event.shape, event.ordered, event.skip_lost)
         known, copy = self._specs.get(rid), self._copies.get(rid)
         if rid in self._tombstones:
             self._port.emit(ev.Fail(rid, "deleted", f"{rid!r} was deleted; its id can't be used again"))
@@ -207,13 +204,30 @@ class Client:
             self._port.emit(ev.Fail(rid, "reduce", f"{rid!r}: {text}"))
         elif event.shape not in _SHAPES:
             self._port.emit(ev.Fail(rid, "reduce", f"there is no shape {event.shape!r}; known are {_SHAPES}"))
-        elif (known is not None and not known.agrees(spec, self._port.view.has)) or (
-            copy is not None and copy.version == 0
-        ):
+        elif (known is not None and not known.agrees(spec)) or (copy is not None and copy.version == 0):
             self._port.emit(ev.Fail(rid, "exists", f"{rid!r} is known as something else; reduce into a new id"))
         elif rid not in self._delivered:
             spec = self._specs.setdefault(rid, spec)
             self._to_owner(rid, ms.ReduceRequest(self._port.number, spec))
+
+    def _retire(self, event: ev.RetireRequested) -> None:
+        owners: dict[int, list[ObjectID]] = {}
+        for oid in event.tell:
+            owners.setdefault(self._port.owner(oid), []).append(oid)
+        for owner, oids in owners.items():
+            self._port.send(owner, ms.Retire(self._port.number, tuple(oids)))
+        for oid in event.oids:
+            self._forget_all(oid)
+
+    def _forget_all(self, oid: ObjectID) -> None:
+        self._discard(oid)
+        self._participant.stop_all(oid)
+        self._wanted.discard(oid)
+        self._watched.discard(oid)
+        self._attempts.pop(oid, None)
+        self._specs.pop(oid, None)
+        self._delivered.pop(oid, None)
+        self._port.emit(ev.Retired(oid))
 
     def _transfer_done(self, event: ev.TransferDone) -> None:
         oid, copy = event.oid, self._copies.get(event.oid)
@@ -259,6 +273,9 @@ class Client:
                     self._finish(oid)
             case ms.Refused(_, oid, text):
                 self._refused(oid, text)
+            case ms.Retired(_, oids):
+                for oid in oids:
+                    self._forget_all(oid)
             case ms.Deleted(_, oid):
                 self._bury(oid)
             case ms.Failed(_, oid, text):
@@ -327,7 +344,7 @@ class Client:
         self._discard(oid)
         self._attempts.pop(oid, None)
         concerned = oid in self._wanted or oid in self._watched or oid in self._specs
-        self._unwant(oid)
+        self._wanted.discard(oid)
         self._watched.discard(oid)
         self._specs.pop(oid, None)
         if concerned:
@@ -389,12 +406,7 @@ class Client:
 
     def _last(self, oid: ObjectID) -> bool:
         """Whether nobody will put it any more: the only process that could has left the view."""
-        origin = self._origins.get(oid) or oid.origin
-        return origin is not None and len(self._port.view) > 0 and not self._port.view.has(*origin)
-
-    def _unwant(self, oid: ObjectID) -> None:
-        self._wanted.discard(oid)
-        self._origins.pop(oid, None)
+        return oid.origin is not None and len(self._port.view) > 0 and not self._port.view.has(*oid.origin)
 
     def _cancel(self, oid: ObjectID) -> None:
         """End the attempt in force.
@@ -422,7 +434,7 @@ class Client:
             self._delivered[oid] = ms.Delivered(oid, copy.version, copy.sources)
             self._specs.pop(oid, None)
         if oid in self._wanted:
-            self._unwant(oid)
+            self._wanted.discard(oid)
             self._port.emit(ev.Deliver(oid, copy.version, copy.meta, copy.inline, copy.sources))
 
     def _discard(self, oid: ObjectID) -> None:
@@ -439,7 +451,7 @@ class Client:
         self._tombstones.add(oid)
         self._discard(oid)
         self._participant.stop_all(oid)
-        self._unwant(oid)
+        self._wanted.discard(oid)
         self._watched.discard(oid)
         self._attempts.pop(oid, None)
         self._specs.pop(oid, None)

@@ -24,6 +24,7 @@ _FOR_OWNER = (
     ms.Watch,
     ms.Unwatch,
     ms.Delete,
+    ms.Retire,
     ms.LocationsQuery,
     ms.ReduceRequest,
     ms.SourceWatch,

@@ -159,6 +159,8 @@ class Directory:
                 self.entry(oid).watchers.discard(src)
             case ms.Delete(_, oid):
                 self._delete(src, self.entry(oid))
+            case ms.Retire(_, oids):
+                self._retire(src, oids)
             case ms.LocationsQuery(number, request_id, oids):
                 found = tuple(oid for oid in oids if oid in self._entries and self._entries[oid].holder is not None)
                 self._port.send(src, ms.LocationsReply(number, request_id, oids, found))
@@ -289,6 +291,21 @@ class Directory:
         self._errors.pop(oid, None)
         self._entries[oid] = Entry(oid, deleted=True)
 
+    def _retire(self, src: int, oids: tuple[ObjectID, ...]) -> None:
+        """Forget them here, and tell those who hold inline bytes: a former owner may not know that it does."""
+        holders: dict[int, list[ObjectID]] = {self._port.rank: list(oids)}
+        for oid in oids:
+            entry = self._entries.pop(oid, None)
+            for rank in () if entry is None or not entry.is_inline else entry.places:
+                if rank not in (src, self._port.rank):
+                    holders.setdefault(rank, []).append(oid)
+            self._specs.pop(oid, None)
+            self._errors.pop(oid, None)
+            if oid in self._reductions:
+                self._reductions.pop(oid).cancel()
+        for rank, held in holders.items():
+            self._port.send(rank, ms.Retired(self._port.number, tuple(held)))
+
     # -- reduces -------------------------------------------------------------------------------------------------------
 
     def _reduce(self, src: int, spec: ms.ReduceSpec) -> None:
@@ -298,9 +315,7 @@ class Directory:
             self._port.send(src, ms.Deleted(number, spec.rid))
         elif entry.error is not None:
             self._port.send(src, ms.Failed(number, spec.rid, entry.error))
-        elif (known is not None and not known.agrees(spec, self._port.view.has)) or (
-            entry.final and entry.version == 0
-        ):
+        elif (known is not None and not known.agrees(spec)) or (entry.final and entry.version == 0):
             self._port.send(
                 src, ms.Refused(number, spec.rid, f"{spec.rid!r} is known as something else; reduce into a new id")
             )

@@ -31,6 +31,7 @@ from hoplite_mpi.protocol.instructions import (
     MapLocal,
     PullChild,
     ReduceInline,
+    Retired,
     Send,
     StartSlot,
     StartTransfer,
@@ -63,6 +64,8 @@ __all__ = [
     "PullChild",
     "ReduceInline",
     "ReduceRequested",
+    "RetireRequested",
+    "Retired",
     "Send",
     "SlotDone",
     "SlotFailed",
@@ -132,14 +135,9 @@ class ForgetObject:
 
 @dataclass(frozen=True, slots=True)
 class GetRequested:
-    """Somebody here waits for the bytes. Answered by `Deliver` or `Fail`, however often it was asked.
-
-    origin: (rank, incarnation) of the only process that puts it, if that is known: once it has left the view and no copy
-    is left, that is a `Fail` of kind ``lost``. An id may say it itself (`ObjectID.origin`).
-    """
+    """Somebody here waits for the bytes. Answered by `Deliver` or `Fail`, however often it was asked."""
 
     oid: ObjectID
-    origin: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +172,22 @@ class DeleteRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class RetireRequested:
+    """Nobody in the whole run will ever ask for these again: forget them, without a tombstone. Answered by `Retired`.
+
+    Every rank that has to do with them is asked to. tell: those of them whose owners are told by this rank.
+    """
+
+    oids: tuple[ObjectID, ...]
+    tell: tuple[ObjectID, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReduceRequested:
     """Reduce *sources* into *rid*. Nothing is answered: whoever wants the result gets or watches *rid*.
 
     num_objects: how many of the sources, the first to arrive (None: all); shape: see `hoplite_mpi.protocol.cost`,
-    None: let it choose; ordered, members: see `ReduceSpec`. An impossible request is a `Fail` of *rid* with kind ``reduce``.
+    None: let it choose; ordered, skip_lost: see `ReduceSpec`. An impossible request is a `Fail` of *rid* with kind ``reduce``.
     """
 
     rid: ObjectID
@@ -187,7 +196,7 @@ class ReduceRequested:
     num_objects: int | None = None
     shape: str | None = None
     ordered: bool = False
-    members: tuple[tuple[int, int], ...] = ()
+    skip_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +286,7 @@ Event = (
     | WatchAbandoned
     | DeleteRequested
     | ReduceRequested
+    | RetireRequested
     | LocationsRequested
     | TransferDone
     | TransferFailed

@@ -19,6 +19,7 @@ __all__ = [
     "MapLocal",
     "PullChild",
     "ReduceInline",
+    "Retired",
     "Send",
     "StartSlot",
     "StartTransfer",
@@ -167,6 +168,13 @@ class PullChild:
 
 
 @dataclass(frozen=True, slots=True)
+class Retired:
+    """Forget all about the object: its copy here, and that it was dropped."""
+
+    oid: ObjectID
+
+
+@dataclass(frozen=True, slots=True)
 class StopSlot:
     """End a reduce slot, free its output stream, and refuse it. The root's object goes by `Drop` only."""
 
@@ -201,4 +209,5 @@ Instruction = (
     | PullChild
     | StopSlot
     | ReduceInline
+    | Retired
 )

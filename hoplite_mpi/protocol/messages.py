@@ -40,6 +40,8 @@ __all__ = [
     "ReduceSpec",
     "Refused",
     "Report",
+    "Retire",
+    "Retired",
     "RootDone",
     "SlotChild",
     "SlotLost",
@@ -157,6 +159,13 @@ class Delete(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Retire(Message):
+    """Nobody will ever ask for these again: forget them, without a tombstone."""
+
+    oids: tuple[ObjectID, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LocationsQuery(Message):
     """Which of these have a complete and final copy?"""
 
@@ -238,6 +247,13 @@ class Deleted(Message):
     """The object and its id are gone. Remember it."""
 
     oid: ObjectID
+
+
+@dataclass(frozen=True, slots=True)
+class Retired(Message):
+    """As `Retire`, to those that hold one."""
+
+    oids: tuple[ObjectID, ...]
 
 
 @dataclass(frozen=True, slots=True)

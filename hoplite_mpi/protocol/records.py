@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hoplite_mpi.ids import ObjectID
@@ -63,27 +62,23 @@ class ReduceSpec:
     shape: str | None
     #: source i takes slot i, whenever it comes
     ordered: bool = False
-    #: (rank, incarnation) of the process that alone puts each source; empty: whoever may. A source that can't come any more is
-    #: left out then, and the others are reduced; without, the reduce fails once too few are left.
-    members: tuple[tuple[int, int], ...] = ()
+    #: a source that is lost (its id says which process alone puts it, that is gone, and so is every copy) is left out, and the others are
+    #: reduced; without, the reduce fails once too few are left
+    skip_lost: bool = False
 
-    def member(self, source: ObjectID) -> tuple[int, int] | None:
-        """Return the process that alone puts a source; None: not known."""
-        return self.members[self.sources.index(source)] if self.members else source.origin
-
-    def agrees(self, other: ReduceSpec, alive: Callable[[int, int], bool]) -> bool:
+    def agrees(self, other: ReduceSpec) -> bool:
         """Whether both ask for one and the same reduce.
 
-        With members they may differ in sources whose process is not alive: one asked before it died, the other after.
+        With skip_lost the sources may differ, since those who ask know of different processes: the first request counts.
         """
-        if _name(self.op) != _name(other.op) or (self.shape, self.ordered) != (other.shape, other.ordered):
+        if _name(self.op) != _name(other.op):
             return False
-        if not self.members or not other.members:
-            return (self.sources, self.num_objects, self.members) == (other.sources, other.num_objects, other.members)
-        mine, others = (
-            [pair for pair in zip(spec.sources, spec.members, strict=True) if alive(*pair[1])] for spec in (self, other)
-        )
-        return mine == others
+        if (self.shape, self.ordered, self.skip_lost) != (other.shape, other.ordered, other.skip_lost):
+            return False
+        if not self.skip_lost:
+            return (self.sources, self.num_objects) == (other.sources, other.num_objects)
+        mine, others = set(self.sources), set(other.sources)
+        return [oid for oid in self.sources if oid in others] == [oid for oid in other.sources if oid in mine] != []
 
 
 def _name(op: str | bytes) -> str | bytes:

@@ -54,7 +54,7 @@ class Reduction:
     """A reduce that is not final. Every source is in exactly one of: awaited, backups, slots, inputs, gone.
 
     An ordered one gives each source the slot of its place in the list, whenever it comes; others fill slots in the order of arrival.
-    One with members goes on with fewer sources when some can't come any more: with a smaller tree, from the beginning.
+    One that skips what is lost goes on with fewer sources then: with a smaller tree, from the beginning.
     """
 
     def __init__(self, port: Port, host: Host, spec: ms.ReduceSpec) -> None:
@@ -130,7 +130,7 @@ class Reduction:
         self._awaited.discard(oid)
         self._gone.add(oid)
         left = len(self.spec.sources) - len(self._gone)
-        if left < (1 if self.spec.members else self.spec.num_objects):
+        if left < (1 if self.spec.skip_lost else self.spec.num_objects):
             self._fail(f"only {left} of the {self.spec.num_objects} sources needed can still come: {text}")
             return
         self._advance()
@@ -146,8 +146,7 @@ class Reduction:
 
     def _last(self, oid: ObjectID) -> bool:
         """Whether nobody will put that source any more."""
-        member = self.spec.member(oid)
-        return member is not None and not self._port.view.has(*member)
+        return oid.origin is not None and not self._port.view.has(*oid.origin)
 
     def _advance(self) -> None:
         """Do all that can be done with the sources that are there."""

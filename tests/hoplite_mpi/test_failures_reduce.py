@@ -137,16 +137,15 @@ def _of_members(small: bool, ordered: bool, before: bool) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if before and rank == 3:  # it asks when one is dead, and the others perhaps before
         _await_death(store, 4)
-    members = [(m.rank, m.incarnation) for m in store.runtime.view.members.values()]
-    store.put(_source(rank)[: 10 if small else None], hm.ObjectID.from_name(f"source {rank}"))
-    sources = [hm.ObjectID.from_name(f"source {r}") for r, _ in members]
-    store.reduce(sources, object_id=rid, deterministic=ordered, members=members)
+    store.put(_source(rank)[: 10 if small else None], hm.ObjectID.from_name("source", (rank, 0)))
+    sources = [hm.ObjectID.from_name("source", (r, 0)) for r in store.ranks]
+    store.reduce(sources, object_id=rid, deterministic=ordered, skip_lost=True)
     got, used = store.get(rid), store.reduced_from(rid)
     _await_death(store, 4)
     with pytest.raises(hm.ObjectLostError):
-        store.get(hm.ObjectID.from_name("never put"), origin=(1, 0))
+        store.get(hm.ObjectID.from_name("never put", (1, 0)))
     store.barrier()
-    used_ranks = [r for r in range(4) if hm.ObjectID.from_name(f"source {r}") in used]
+    used_ranks = sorted(oid.origin[0] for oid in used)
     return bool((got == sum(10.0**r for r in used_ranks)).all()), used_ranks
 
 

@@ -140,5 +140,3 @@ def test_deterministic_takes_all(store: ObjectStore, name: Name) -> None:
         store.reduce(oids, num_objects=1, deterministic=True)
     with pytest.raises(TypeError, match="no reduce operation"):
         store.reduce(oids, op=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="1 members were given for 2 objects"):
-        store.reduce(oids, members=[(0, 0)])

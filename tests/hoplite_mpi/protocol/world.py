@@ -142,10 +142,10 @@ class World:
         inline = np.full(n, value, np.int64).tobytes() if small else None
         self.handle(node, ev.ObjectStored(oid, meta_of(small), digest_of(value), inline, confirm))
 
-    def get(self, rank: int, oid: ObjectID, origin: tuple[int, int] | None = None) -> None:
+    def get(self, rank: int, oid: ObjectID) -> None:
         node = self.nodes[rank]
         node.wanted.add(oid)
-        self.handle(node, ev.GetRequested(oid, origin))
+        self.handle(node, ev.GetRequested(oid))
 
     def abandon(self, rank: int, oid: ObjectID) -> None:
         self.nodes[rank].wanted.discard(oid)
@@ -402,6 +402,8 @@ class World:
                 assert node.slots.pop((rid, slot)).start.generation == generation
             case ev.ReduceInline():
                 node.computing.append(instruction)
+            case ev.Retired(oid):
+                node.failed.pop(oid, None)
             case _:
                 raise AssertionError(instruction)
 
@@ -446,6 +448,6 @@ class World:
             assert d.sources is not None
             assert d.sources <= set(request.sources)
             n = len(set(request.sources)) if request.num_objects is None else request.num_objects
-            assert len(d.sources) == n or (request.members and d.sources)
+            assert len(d.sources) == n or (request.skip_lost and d.sources)
             expected = sum(self.values[oid] for oid in d.sources)
         assert chunks == [expected] * len(chunks), f"{d.oid}: {chunks} instead of {expected}"
