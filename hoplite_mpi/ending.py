@@ -10,19 +10,18 @@ import logging
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["prepare", "watch"]
+__all__ = ["close_stores", "forget", "prepare", "watch"]
 
 log = logging.getLogger("hoplite_mpi")
 
 #: seconds that MPI_Finalize may take
 _FINALIZE_TIMEOUT = 5.0
 
-#: stores of this process that have not been closed
-_open: weakref.WeakSet[Any] = weakref.WeakSet()
+#: stores of this process that have not been closed; one that nobody refers to any more has to leave properly, too
+_open: set[Any] = set()
 #: asked at the end: whether nothing is left with MPI that could keep it from ending
 _clean: list[Callable[[], bool]] = []
 #: calls MPI_Finalize when told to; started early, since Python ≥ 3.12 starts no thread at its end
@@ -51,6 +50,11 @@ def watch(store: Any, is_clean: Callable[[], bool]) -> None:
         _helper.start()
 
 
+def forget(store: Any) -> None:
+    """The store was closed."""
+    _open.discard(store)
+
+
 def _finalize() -> None:
     from mpi4py import MPI
 
@@ -58,10 +62,15 @@ def _finalize() -> None:
     MPI.Finalize()
 
 
-def _end() -> None:
+def close_stores() -> None:
+    """Close what has not been closed."""
     for store in list(_open):
         store.close()
         store.runtime.arena.release()  # too late now for what it would register with atexit itself
+
+
+def _end() -> None:
+    close_stores()
     from hoplite_mpi.memory import unlink_own_segments
 
     mpi = sys.modules.get("mpi4py.MPI")

@@ -366,7 +366,9 @@ class Runtime:
             self.joiner.want(link.peer)
 
     def _joined(self, peer: PeerKey, comm: MPI.Comm) -> None:
-        self.fabric.up(self.fabric.link(peer), comm, 0)
+        link = self.fabric.link(peer)
+        self.fabric.up(link, comm, 0)
+        self.transfers.link_up(link)
 
     # -- membership ----------------------------------------------------------------------------------------------------------
 

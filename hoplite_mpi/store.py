@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hoplite_mpi import ending
 from hoplite_mpi.collectives import Collectives, Rounds
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
@@ -395,6 +396,8 @@ class ObjectStore(Collectives):
         """Leave the others and free what only this rank uses. Views that were got stay valid. Never hangs on dead peers."""
         if isinstance(self._runtime.closed, ClosedError):
             return
+        ending.forget(self)
+        self.rounds.leave(self._config.close_timeout)
         self._runtime.leave(self._config.close_timeout)
         self._engine.run(lambda: self._waiting.fail_all(ClosedError("the store was closed while this was waited for")))
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hoplite_mpi.collectives.rounds import Process
-from hoplite_mpi.errors import GetTimeoutError, HopliteError, ObjectExistsError, ObjectLostError
+from hoplite_mpi.errors import GetTimeoutError, HopliteError, ObjectExistsError, ObjectLostError, PeerLostError
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import ReduceOp
@@ -17,12 +19,19 @@ from hoplite_mpi.values import as_bytes
 if TYPE_CHECKING:
     from hoplite_mpi.store import ObjectStore
 
-__all__ = ["Call"]
+__all__ = ["Call", "Op", "processes_of", "round_key"]
 
 Op = ReduceOp | str | Callable[[Any, Any], Any]
 
 #: seconds to find out who is missing, once a call is out of time
 _LOOK = 2.0
+
+
+def round_key(key: str | None) -> str:
+    """Return what stands for a user's key, None included, in tables and names. TypeError."""
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f"key is a str or None, not {type(key).__name__}")
+    return "" if key is None else f"/{key}"
 
 
 class Call:
@@ -37,15 +46,16 @@ class Call:
         self.config = store.runtime.config
         self._seconds = self.config.deadline(timeout)
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
-        self.round = store.rounds.begin("" if key is None else f"/{key}", self._seconds)
+        self.round = store.rounds.begin(round_key(key), self._seconds)
         self._what = what
         self.title = f"{what}, call {self.round.number}" + ("" if key is None else f" with key {key!r}")
         #: parts that this rank has waited for: who has not put one is missing
         self._asked: set[ObjectID] = set()
         #: who took part, once that is known
         self.took: frozenset[int] | None = None
-        #: what this call waits for after it has returned
+        #: what this call waits for after it has returned, and what it says then
         self._later: Future | None = None
+        self._ranks_of: Callable[[Any], Iterable[int]] = tuple
 
     @property
     def processes(self) -> list[Process]:
@@ -141,7 +151,7 @@ class Call:
 
     def sources(self, rid: ObjectID) -> list[Process]:
         """Return whose parts are in a reduce, once it is final."""
-        return _processes(self._store.reduced_from(rid, self.left()))
+        return processes_of(self._store.reduced_from(rid, self.left()))
 
     def roll_call(self) -> Future:
         """Begin to find out who takes part; `present` says it. Ends when all have come, or have died."""
@@ -150,15 +160,22 @@ class Call:
 
     def present(self, roll: Future) -> list[Process]:
         """Return who takes part: the same on all ranks."""
-        return _processes(self.wait(roll))
+        return processes_of(self.wait(roll))
 
     def took_part(self, processes: Iterable[Process]) -> None:
         """Say who took part."""
         self.took = frozenset(rank for rank, _ in processes)
 
-    def take_part_later(self, sources: Future) -> None:
-        """Say it once *sources* has the parts of those who did, and keep the objects of the call until then."""
-        self._later = sources
+    def take_part_later(self, future: Future, ranks_of: Callable[[Any], Iterable[int]]) -> None:
+        """Say it once *future* has ended, from its result, and keep the objects of the call until then."""
+        self._later, self._ranks_of = future, ranks_of
+
+    def all_have(self, present: Sequence[Process], found: Iterable[Process]) -> list[Process]:
+        """Return those of *present* whose parts all of them have found."""
+        here = set(found)
+        self.put("found", np.array([process in here for process in present]))
+        everywhere, _ = self.result(self.reduce("found by all", "found", "and", order=present))
+        return [process for process, both in zip(present, everywhere, strict=True) if both]
 
     def decide(self, label: str, choice: bytes) -> bytes:
         """Propose what all are to do and return what they do: the first proposal counts."""
@@ -182,18 +199,18 @@ class Call:
         if isinstance(error, GetTimeoutError):
             raise GetTimeoutError(f"{self.title}: not over after {self._seconds:g} s; {self._missing()}") from error
 
-    def _finish(self, sources: Any) -> None:
-        if not sources.cancelled() and sources.exception() is None:
-            self.took_part(_processes(sources.result()))
-        else:
-            self.took_part(())
+    def _finish(self, future: Any) -> None:
+        failed = future.cancelled() or future.exception() is not None
+        self.took = frozenset() if failed else frozenset(self._ranks_of(future.result()))
         self._store.rounds.finish(self.round)
 
-    def who(self) -> frozenset[int]:
-        """Return the ranks that took part; waits until that is known."""
-        if self.took is None and self._later is not None:
-            self._later.result(self.config.default_timeout)
-            self.took_part(_processes(self._later.result()))
+    def who(self, timeout: Any) -> frozenset[int]:
+        """Return the ranks that took part; waits until that is known. PeerLostError if who knew it is gone."""
+        if self._later is not None:
+            try:
+                self.took = frozenset(self._ranks_of(self._later.result(timeout)))
+            except ObjectLostError as error:
+                raise PeerLostError(f"{self.title}: the root is gone, and nobody else knows who took part") from error
         return self.took or frozenset()
 
     def _missing(self) -> str:
@@ -203,8 +220,9 @@ class Call:
         except HopliteError as error:
             return f"and who is missing can't be found out: {error}"
         ranks = sorted({oid.origin[0] for oid in self._asked - there if oid.origin is not None})
-        return f"waiting for ranks {ranks}" if ranks else "all ranks have come"
+        return f"ranks {ranks} have not come" if ranks else "all ranks have come"
 
 
-def _processes(parts: Iterable[ObjectID]) -> list[Process]:
+def processes_of(parts: Iterable[ObjectID]) -> list[Process]:
+    """Return the processes that put these, by rank."""
     return sorted(oid.origin for oid in parts if oid.origin is not None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hoplite_mpi.collectives import stripes
 from hoplite_mpi.collectives.buffers import as_array, check_out, fill, items_for, stack
-from hoplite_mpi.collectives.call import Call, Op
+from hoplite_mpi.collectives.call import Call, Op, processes_of, round_key
 from hoplite_mpi.collectives.rounds import Process, Rounds
 from hoplite_mpi.config import DEFAULT
 from hoplite_mpi.errors import ObjectLostError, PeerLostError
@@ -41,8 +41,6 @@ class Collectives:
     _calls: dict[str | None, Call]
 
     def _call(self, what: str, key: str | None, timeout: Any) -> Call:
-        if key is not None and not isinstance(key, str):
-            raise TypeError(f"key is a str or None, not {type(key).__name__}")
         call = Call(cast("ObjectStore", self), what, key, timeout)
         self._calls[key] = call
         return call
@@ -51,15 +49,23 @@ class Collectives:
         if not isinstance(root, (int, np.integer)) or root < 0:
             raise ValueError(f"{what}: root is a rank, not {root!r}")
 
-    def took_part(self, key: str | None = None) -> frozenset[int]:
+    def took_part(self, key: str | None = None, timeout: Any = DEFAULT) -> frozenset[int]:
         """Return the ranks whose parts went into the last call with that key; of `broadcast` and `scatter`, the root.
 
-        Waits until that is known. KeyError if there was none.
+        Waits until that is known, where the call did not. KeyError if there was none, PeerLostError if the root of `gather` alone knew it.
         """
         call = self._calls.get(key)
         if call is None:
             raise KeyError(f"there was no collective call with key {key!r} on this rank")
-        return call.who()
+        return call.who(timeout)
+
+    def next_call(self, key: str | None = None, timeout: Any = DEFAULT) -> int:
+        """Return the number, from 1, that this rank's next call with that key will have.
+
+        It tells a process that has joined where the others are.
+        """
+        seconds = cast("ObjectStore", self).runtime.config.deadline(timeout)
+        return self.rounds.next(round_key(key), seconds)
 
     def barrier(self, timeout: Any = DEFAULT, *, key: str | None = None) -> None:
         """Wait until every member has come here, or has died."""
@@ -107,7 +113,9 @@ class Collectives:
             order = sorted(call.processes, key=lambda process: ((process[0] - root - 1) % (1 << 24), process))
             rid = call.reduce("sum", "part", op, deterministic, order=order)
             if call.me[0] != root:
-                call.take_part_later(cast("ObjectStore", self).watch(rid))
+                call.take_part_later(
+                    cast("ObjectStore", self).watch(rid), lambda parts: [p[0] for p in processes_of(parts)]
+                )
                 return None
             value, sources = call.result(rid)
             call.took_part(sources)
@@ -184,10 +192,14 @@ class Collectives:
         with self._call("gather", key, timeout) as call:
             call.put("part", array)
             roll = call.roll_call()
-            if call.me[0] != root:
-                call.take_part_later(roll)
+            process = call.root(root)
+            if process is not None and process != call.me:
+                call.take_part_later(call.begin_get("took part", process), lambda ranks: ranks.tolist())
+            if process != call.me:
                 return None
-            return self._collect(call, "gather", "part", roll, out)
+            gathered = self._collect(call, "gather", "part", roll, out)
+            call.put("took part", np.array(sorted(call.took or ())))
+            return gathered
 
     def allgather(self, array: Any, *, timeout: Any = DEFAULT, out: Any = None, key: str | None = None) -> Any:
         """Return the arrays of all ranks, on all ranks; as `gather`."""
@@ -219,7 +231,7 @@ class Collectives:
         with self._call("alltoall", key, timeout) as call:
             for receiver, item in items_for("alltoall", items, call.processes).items():
                 call.put(_to(receiver), item)
-            return self._collect(call, "alltoall", _to(call.me), call.roll_call(), out)
+            return self._collect(call, "alltoall", _to(call.me), call.roll_call(), out, agree=True)
 
     # -- helpers -------------------------------------------------------------------------------------------------------------------
 
@@ -238,13 +250,18 @@ class Collectives:
             raise PeerLostError(f"{call.title}: rank {root[0]}, the root, is gone, and its data with it") from error
 
     @staticmethod
-    def _collect(call: Call, what: str, label: str, roll: Any, out: Any) -> Any:
-        """Return the parts of all who came and whose part is not lost. They travel while the roll is called."""
+    def _collect(call: Call, what: str, label: str, roll: Any, out: Any, agree: bool = False) -> Any:
+        """Return the parts of all who came and whose part is not lost. They travel while the roll is called.
+
+        agree: each rank gets other parts, so what one has lost, the others may have.
+        """
         futures = {process: call.begin_get(label, process) for process in call.processes}
         present = call.present(roll)
         for process in futures.keys() - set(present):
             futures.pop(process).cancel()
         found = call.gather(label, present, futures)
+        if agree:
+            found = {process: found[process] for process in call.all_have(present, found)}
         call.took_part(found)
         return stack(what, out, list(found.values()))
 

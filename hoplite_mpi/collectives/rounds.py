@@ -10,14 +10,16 @@ what is over; if the janitor changes, everybody tells the new one.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgpack
 
-from hoplite_mpi.errors import GetTimeoutError
+from hoplite_mpi.errors import GetTimeoutError, HopliteError
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.transport.primitives import Waiter
 
@@ -31,8 +33,9 @@ __all__ = ["CHANNEL", "Process", "Round", "Rounds"]
 CHANNEL = 101
 #: finished calls with small objects only, after which the janitor is told
 _REPORT_EVERY = 16
-#: kinds of messages: an elder's numbers, to a newcomer; what a newcomer begins with; what a rank has finished; what is over for all
-_TABLE, _BEGINS, _FINISHED, _OVER = range(4)
+#: kinds of messages: an elder's numbers, to a newcomer; what a newcomer begins with; what a rank has finished; what is over for all;
+#: what a rank that is about to leave waits for to be over
+_TABLE, _BEGINS, _FINISHED, _OVER, _LEAVING = range(5)
 
 Process = tuple[int, int]
 Table = dict[str, int]
@@ -71,6 +74,8 @@ class Rounds:
         #: calls finished here since the janitor was told, and their keys
         self._unreported = 0
         self._changed_keys: set[str] = set()
+        #: key → number of the last call for whose end somebody waits
+        self._urgent: Table = {}
         #: janitor only: process → what it has finished
         self._progress: dict[Process, Table] = {}
         #: key → number of the last call that all have finished
@@ -97,36 +102,47 @@ class Rounds:
 
     def begin(self, key: str, seconds: float | None) -> Round:
         """Count a call and return it; waits for newcomers to say what they begin with. GetTimeoutError."""
-        runtime = self._store.runtime
         found: list[Round] = []
 
         def count() -> bool:
-            with self._lock:
-                if not found and not self._unknown():
-                    number = self._begun[key] = self._begun.get(key, 0) + 1
-                    members = sorted((m.rank, m.incarnation) for m in self._view.members.values())
-                    processes = [p for p in members if self._begins.get(p, {}).get(key, 0) < number]
-                    found.append(Round(key, number, self._me, processes, dict(self._gone)))
-            return bool(found) or self._store.closed
+            if not found and not self._unknown():
+                number = self._begun[key] = self._begun.get(key, 0) + 1
+                members = sorted((m.rank, m.incarnation) for m in self._view.members.values())
+                processes = [p for p in members if self._begins.get(p, {}).get(key, 0) < number]
+                found.append(Round(key, number, self._me, processes, dict(self._gone)))
+                self._kept.setdefault(key, deque()).append(found[0])
+            return bool(found)
 
-        runtime.check()
-        if not count():
-            waiter = runtime.engine.waiter()
-            with self._lock:
-                self._waiters.add(waiter)
-            try:
-                if not runtime.engine.wait(count, waiter.block, seconds):
-                    raise GetTimeoutError(
-                        f"ranks {self._unknown()} have joined and not said where they begin in {seconds} s"
-                    )
-            finally:
-                with self._lock:
-                    self._waiters.discard(waiter)
-        if not found:
-            runtime.check()
-        with self._lock:
-            self._kept.setdefault(key, deque()).append(found[0])
+        self._wait(count, seconds)
         return found[0]
+
+    def next(self, key: str, seconds: float | None) -> int:
+        """Return the number that the next call will have; waits until a newcomer knows it. GetTimeoutError."""
+        self._wait(lambda: self._settled, seconds)
+        with self._lock:
+            return self._begun.get(key, 0) + 1
+
+    def _wait(self, condition: Callable[[], bool], seconds: float | None) -> None:
+        """Wait until *condition()*, which is called under the lock."""
+        runtime = self._store.runtime
+        runtime.check()
+
+        def done() -> bool:
+            with self._lock:
+                return condition() or self._store.closed
+
+        waiter = runtime.engine.waiter()
+        with self._lock:
+            self._waiters.add(waiter)
+        try:
+            if not runtime.engine.wait(done, waiter.block, seconds):
+                raise GetTimeoutError(
+                    f"ranks {self._unknown()} have joined and not said where they begin in {seconds:g} s"
+                )
+        finally:
+            with self._lock:
+                self._waiters.discard(waiter)
+        runtime.check()
 
     def finish(self, call: Round) -> None:
         """This rank needs nothing of that call any more."""
@@ -135,12 +151,25 @@ class Rounds:
             self._finished[key] = max(call.number, self._finished.get(key, 0))
             self._changed_keys.add(key)
             self._unreported += 1
-            if not call.large and self._unreported < _REPORT_EVERY:
+            urgent = call.large or call.number <= self._urgent.get(key, 0)
+            if not urgent and self._unreported < _REPORT_EVERY:
                 return
             report = {changed: self._finished[changed] for changed in self._changed_keys}
             self._unreported, self._changed_keys = 0, set()
             janitor = min(self._view.members)
         self._send(janitor, _FINISHED, report)
+
+    def leave(self, seconds: float) -> None:
+        """Wait until all have finished what this rank has, so that they don't miss it when it is gone; at most so long."""
+        with self._lock:
+            table = {key: calls[-1].number for key, calls in self._kept.items()}
+            others = [rank for rank in self._view.members if rank != self._me[0]]
+        if not table or not others or self._store.closed:
+            return
+        for rank in (*others, self._me[0]):
+            self._send(rank, _LEAVING, table)
+        with contextlib.suppress(HopliteError):  # in time or not: it leaves
+            self._wait(lambda: not self._kept, seconds)
 
     @property
     def kept(self) -> int:
@@ -203,11 +232,22 @@ class Rounds:
             elif kind == _FINISHED:
                 self._merge(self._progress.setdefault(peer, {}), table)
         self._tell_newcomers(begins)
-        if kind == _OVER:
+        if kind == _LEAVING:
+            self._hurry(table)
+        elif kind == _OVER:
             self._retire(table)
         else:
             self._clean()
         self._wake()
+
+    def _hurry(self, table: Table) -> None:
+        """Somebody waits until these calls are over: report them at once."""
+        with self._lock:
+            self._merge(self._urgent, table)
+            report = {key: self._finished[key] for key in table if key in self._finished}
+            janitor = min(self._view.members, default=-1)
+        if report:
+            self._send(janitor, _FINISHED, report)
 
     @staticmethod
     def _merge(into: Table, table: Table) -> None:
@@ -291,10 +331,3 @@ class Rounds:
             for oid in dict.fromkeys(call.objects)
             if oid.origin == self._me or (lowest if oid.origin is None else not self._view.has(*oid.origin))
         ]
-
-    # -- for tests and statistics ----------------------------------------------------------------------------------------------
-
-    def numbers(self) -> Table:
-        """Return the number of the last call begun here, by key."""
-        with self._lock:
-            return dict(self._begun)

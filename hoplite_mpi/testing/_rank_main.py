@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import cloudpickle
 
+from hoplite_mpi import ending
+
 __all__ = ["BEGUN", "PAYLOAD", "VALUE"]
 
 #: file in the rendezvous directory with what to run
@@ -58,6 +60,7 @@ def _main() -> NoReturn:
         # from a thread of C: also when another one has the GIL
         faulthandler.dump_traceback_later(max(0.1, payload["deadline"] - _DUMP_BEFORE - time.monotonic()))
         _run(payload)
+        ending.close_stores()
     except SystemExit as leave:
         code = leave.code
         if code is not None and not isinstance(code, int):

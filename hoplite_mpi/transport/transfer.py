@@ -175,6 +175,11 @@ class Transfers:
             self._watch(incoming)
         return incoming
 
+    def link_up(self, link: Link) -> None:
+        """Receive what was asked for while the link was not up."""
+        for incoming in [t for t in self._incoming.values() if t.link is link and not t.ended]:
+            self._refill(incoming)
+
     def allow(self, incoming: Incoming, chunks: int) -> None:
         """Let the first so many chunks in."""
         incoming.allowed = chunks
