@@ -326,6 +326,7 @@ class ObjectStore(Collectives):
         deterministic: bool = False,
         *,
         shape: str | None = None,
+        degree: int | None = None,
         skip_lost: bool = False,
     ) -> ObjectID:
         """Reduce arrays of equal dtype and shape into a new object; return its id at once.
@@ -336,7 +337,8 @@ class ObjectStore(Collectives):
         op: hm.SUM and its like, or a function of two arrays: associative, element by element, picklable by cloudpickle.
         num_objects: reduce only so many, the first to arrive.
         deterministic: combine in the order of *object_ids*, the same bits whatever the arrivals; an operation need not commute then.
-        shape: "chain", "star" or "tree_of_chains" instead of the one that the cost model chooses.
+        shape: "chain", "star", "tree_of_chains" or "d_ary" (degree: its children for each node) instead of the one that the cost model
+        chooses, see `explain_reduce`; objects of up to `Config.inline_limit` bytes are always combined by one rank. ValueError for others.
         skip_lost: leave out objects that are lost (see `get`), if one is left. Ranks that ask for one result may differ in them then:
         the first request counts.
         """
@@ -350,11 +352,13 @@ class ObjectStore(Collectives):
             raise ValueError(f"num_objects is {num_objects}, but {len(oids)} objects were given")
         if deterministic and num_objects is not None:
             raise ReduceError("deterministic=True can't be had with num_objects, which takes whatever comes first")
+        if (wrong := cost.shape_error(shape, degree)) is not None:
+            raise ValueError(wrong)
         token = as_op(op).token
         rid = ObjectID.random() if object_id is None else _checked(object_id)
         if rid in oids:
             raise ValueError(f"the result of a reduce, {rid}, can't be among its sources")
-        wanted = ev.ReduceRequested(rid, oids, token, num_objects, shape, deterministic, skip_lost)
+        wanted = ev.ReduceRequested(rid, oids, token, num_objects, shape, deterministic, skip_lost, degree)
         self._locked(lambda: self._runtime.handle(wanted))
         return rid
 

@@ -7,14 +7,12 @@ from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import messages as ms
 from hoplite_mpi.protocol.copies import Copy, reports
+from hoplite_mpi.protocol.cost import shape_error
 from hoplite_mpi.protocol.participant import Participant
 from hoplite_mpi.protocol.port import Port
 from hoplite_mpi.protocol.queries import Queries
 
 __all__ = ["Client"]
-
-#: what `ReduceRequested.shape` may be
-_SHAPES = (None, "chain", "star", "tree_of_chains")
 
 
 class Client:
@@ -191,7 +189,7 @@ class Client:
     def _reduce(self, event: ev.ReduceRequested) -> None:
         rid, sources = event.rid, tuple(dict.fromkeys(event.sources))
         n = len(sources) if event.num_objects is None else event.num_objects
-        spec = ms.ReduceSpec(rid, sources, event.op, n, event.shape, event.ordered, event.skip_lost)
+        spec = ms.ReduceSpec(rid, sources, event.op, n, event.shape, event.ordered, event.skip_lost, event.degree)
         known, copy = self._specs.get(rid), self._copies.get(rid)
         if rid in self._tombstones:
             self._port.emit(ev.Fail(rid, "deleted", f"{rid!r} was deleted; its id can't be used again"))
@@ -202,8 +200,8 @@ class Client:
                 else "is among its sources"
             )
             self._port.emit(ev.Fail(rid, "reduce", f"{rid!r}: {text}"))
-        elif event.shape not in _SHAPES:
-            self._port.emit(ev.Fail(rid, "reduce", f"there is no shape {event.shape!r}; known are {_SHAPES}"))
+        elif (wrong := shape_error(event.shape, event.degree)) is not None:
+            self._port.emit(ev.Fail(rid, "reduce", f"{rid!r}: {wrong}"))
         elif (known is not None and not known.agrees(spec)) or (copy is not None and copy.version == 0):
             self._port.emit(ev.Fail(rid, "exists", f"{rid!r} is known as something else; reduce into a new id"))
         elif rid not in self._delivered:

@@ -186,7 +186,7 @@ class RetireRequested:
 class ReduceRequested:
     """Reduce *sources* into *rid*. Nothing is answered: whoever wants the result gets or watches *rid*.
 
-    num_objects: how many of the sources, the first to arrive (None: all); shape: see `hoplite_mpi.protocol.cost`,
+    num_objects: how many of the sources, the first to arrive (None: all); shape, degree: see `hoplite_mpi.protocol.cost`,
     None: let it choose; ordered, skip_lost: see `ReduceSpec`. An impossible request is a `Fail` of *rid* with kind ``reduce``.
     """
 
@@ -197,6 +197,7 @@ class ReduceRequested:
     shape: str | None = None
     ordered: bool = False
     skip_lost: bool = False
+    degree: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

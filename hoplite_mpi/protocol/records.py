@@ -52,7 +52,7 @@ class SlotRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReduceSpec:
-    """A reduce as asked for. sources are distinct; 1 <= num_objects <= len(sources)."""
+    """A reduce as asked for. sources are distinct; 1 <= num_objects <= len(sources); shape, degree: as `cost.shape_error` has it."""
 
     rid: ObjectID
     sources: tuple[ObjectID, ...]
@@ -65,15 +65,16 @@ class ReduceSpec:
     #: a source that is lost (its id says which process alone puts it, that is gone, and so is every copy) is left out, and the others are
     #: reduced; without, the reduce fails once too few are left
     skip_lost: bool = False
+    degree: int | None = None
 
     def agrees(self, other: ReduceSpec) -> bool:
         """Whether both ask for one and the same reduce.
 
         With skip_lost the sources may differ, since those who ask know of different processes: the first request counts.
         """
-        if _name(self.op) != _name(other.op):
+        if (_name(self.op), self.shape, self.degree) != (_name(other.op), other.shape, other.degree):
             return False
-        if (self.shape, self.ordered, self.skip_lost) != (other.shape, other.ordered, other.skip_lost):
+        if (self.ordered, self.skip_lost) != (other.ordered, other.skip_lost):
             return False
         if not self.skip_lost:
             return (self.sources, self.num_objects) == (other.sources, other.num_objects)

@@ -9,10 +9,10 @@ from typing import Protocol as Interface
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol import messages as ms
-from hoplite_mpi.protocol.cost import choose
+from hoplite_mpi.protocol.cost import choose, fixed_shape
 from hoplite_mpi.protocol.events import InlineReduced, ReduceInline
 from hoplite_mpi.protocol.port import Port
-from hoplite_mpi.protocol.trees import Tree, chain, star, tree_of_chains
+from hoplite_mpi.protocol.trees import Tree
 from hoplite_mpi.protocol.view import View
 
 __all__ = ["Host", "Reduction"]
@@ -192,18 +192,11 @@ class Reduction:
         self._order = tuple(oid for oid in self.spec.sources if oid not in self._gone) if self.spec.ordered else ()
 
     def _shape(self, meta: Meta) -> Tree:
-        n, config = self._size, self._port.config
-        match self.spec.shape:
-            case None if self.spec.ordered:  # what is measured differs from run to run
-                return chain(n)
-            case None:
-                return choose(n, meta.nbytes, config.latency, config.bandwidth, config.chunk_size).tree
-            case "chain":
-                return chain(n)
-            case "star":
-                return star(n)
-            case _:
-                return tree_of_chains(n, 0)
+        n, config, shape, degree = self._size, self._port.config, self.spec.shape, self.spec.degree
+        if self.spec.ordered:  # what is measured differs from run to run
+            return fixed_shape(n, meta.nbytes, shape, degree).tree
+        links = config.latency, config.bandwidth, config.chunk_size
+        return choose(n, meta.nbytes, *links, shape, degree).tree
 
     def _fill(self) -> None:
         assert self._tree is not None

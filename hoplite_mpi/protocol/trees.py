@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Tree", "chain", "in_order", "star", "tree_of_chains"]
+__all__ = ["Tree", "chain", "d_ary", "in_order", "star", "tree_of_chains"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,17 @@ def star(n: int) -> Tree:
     """Return the tree in which n-1 slots send to the root, which is slot 1 (slot 0 if alone)."""
     _check_size(n)
     return in_order([range(1, n), *([()] * (n - 1))], 0)
+
+
+def d_ary(n: int, d: int) -> Tree:
+    """Return the complete tree of *n* slots with *d* children each, its lowest level filled from the left (Hoplite, SIGCOMM 2021).
+
+    d = 1 is the chain, d = n-1 the star. ValueError for n < 1 or d < 1.
+    """
+    _check_size(n)
+    if d < 1:
+        raise ValueError(f"a tree with {d} children for each slot")
+    return in_order([range(d * node + 1, min(d * node + d + 1, n)) for node in range(n)], 0)
 
 
 def tree_of_chains(n: int, k: int) -> Tree:

@@ -216,6 +216,23 @@ def test_a_reduce_is_explained(store: ObjectStore) -> None:
         assert choice.predicted_seconds == pytest.approx(choice.alternatives[choice.shape])
 
 
+@pytest.mark.parametrize(
+    ("shape", "degree"), [("chain", None), ("star", None), ("tree_of_chains", None), ("d_ary", 2), ("d_ary", 3)]
+)
+def test_every_shape_gives_the_sum(store: ObjectStore, name: Name, shape: str, degree: int | None) -> None:
+    sources = _put_sources(store, name, 9, LARGE)
+    if store.rank == 0:
+        store.reduce(sources, object_id=name("sum"), shape=shape, degree=degree)
+    assert (store.get(name("sum")) == sum(_source(number, LARGE) for number in range(9))).all()
+
+
+def test_what_is_no_shape_is_refused(store: ObjectStore, name: Name) -> None:
+    with pytest.raises(ValueError, match="no reduce has the shape 'ring'"):
+        store.reduce([name(0), name(1)], shape="ring")
+    with pytest.raises(ValueError, match="only 'd_ary' takes a degree"):
+        store.reduce([name(0), name(1)], shape="chain", degree=2)
+
+
 def test_a_put_under_the_result_s_name_is_refused_and_harms_nothing(store: ObjectStore, name: Name) -> None:
     sources = _put_sources(store, name, 3, LARGE)
     rid = store.reduce(sources, object_id=name("sum"))

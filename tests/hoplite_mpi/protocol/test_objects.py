@@ -260,12 +260,14 @@ def test_locations_are_those_that_live() -> None:
 # -- reduce ------------------------------------------------------------------------------------------------------------
 
 
-def request(rid: ObjectID, n: int, number: int | None = None, shape: str | None = "chain") -> ev.ReduceRequested:
-    return ev.ReduceRequested(rid, tuple(SOURCES[:n]), "sum", number, shape)
+def request(
+    rid: ObjectID, n: int, number: int | None = None, shape: str | None = "chain", degree: int | None = None
+) -> ev.ReduceRequested:
+    return ev.ReduceRequested(rid, tuple(SOURCES[:n]), "sum", number, shape, degree=degree)
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("shape", ["chain", "star", "tree_of_chains", None])
+@pytest.mark.parametrize("shape", ["chain", "star", "tree_of_chains", "d_ary", None])
 def test_reduce_of_all(small: bool, shape: str | None) -> None:
     world = make(6)
     rid = owned_by(world, 0)
@@ -276,6 +278,38 @@ def test_reduce_of_all(small: bool, shape: str | None) -> None:
     world.settle()
     assert all(node.delivered[rid].sources == frozenset(SOURCES) for node in world.nodes.values())
     assert not any(node.slots for node in world.nodes.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "degree", "children"),
+    [
+        ("chain", None, [0, 1, 1, 1, 1, 1]),
+        ("star", None, [0, 5, 0, 0, 0, 0]),
+        ("d_ary", 2, [0, 2, 0, 2, 0, 1]),
+        ("d_ary", 3, [0, 2, 0, 3, 0, 0]),
+        ("tree_of_chains", None, [0, 2, 0, 2, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (3, 0, 5, 1, 4, 2)])
+def test_the_shape_asked_for_is_filled_in_order_of_arrival(
+    shape: str, degree: int | None, children: list[int], order: tuple[int, ...]
+) -> None:
+    world = make(6)
+    rid = owned_by(world, 0)
+    world.reduce(1, request(rid, 6, shape=shape, degree=degree))
+    for rank in order:
+        world.put(rank, SOURCES[rank], 1 << rank)
+        until(world, lambda: not any(world.links.values()))
+    assert [(start.slot, start.num_children) for _, start in world.slot_starts] == list(enumerate(children))
+    assert [rank for rank, _ in world.slot_starts] == list(order)
+
+
+@pytest.mark.parametrize(("shape", "degree"), [("ring", None), ("chain", 2), ("d_ary", 0)])
+def test_a_shape_that_there_is_not_fails_at_once(shape: str, degree: int | None) -> None:
+    world = make(2)
+    rid = owned_by(world, 0)
+    world.reduce(1, request(rid, 2, shape=shape, degree=degree))
+    assert world.nodes[1].failed == {rid: "reduce"}
 
 
 def test_reduce_takes_the_first_to_arrive() -> None:
@@ -310,7 +344,7 @@ def test_inline_source_announced_twice_counts_once() -> None:
 def test_death_restarts_ancestors_only_and_a_backup_takes_the_slot() -> None:
     world = make(8)
     rid = owned_by(world, 7)
-    world.reduce(6, request(rid, 6, 5, "tree_of_chains"))
+    world.reduce(6, request(rid, 6, 5, "d_ary", 2))
     world.get(6, rid)
     order = [0, 1, 2, 3, 4, 5]
     for rank in order:
@@ -325,7 +359,7 @@ def test_death_restarts_ancestors_only_and_a_backup_takes_the_slot() -> None:
     if world.view.owner(bytes(rid)) != 7:
         pytest.fail("the coordinator has changed")
     world.settle()
-    # tree of chains over 5: 0 → 1 → 3, 2 → 1, 4 → 3
+    # binary tree over 5: 0 → 1 → 3, 2 → 1, 4 → 3
     again = {start.slot for _, start in world.slot_starts[before:]}
     assert again == {0, 1, 3}
     assert world.nodes[6].delivered[rid].sources == frozenset(SOURCES) - {SOURCES[victim]}

@@ -80,7 +80,7 @@ def operate(world: World, rng: random.Random, deaths: bool, ids: list[ObjectID])
             world.handle(world.nodes[rank], ev.WatchAbandoned(oid))
         case "reduce":
             rid = rng.choice([oid for oid in ids if oid in REDUCES] or list(REDUCES))
-            shape = rng.choice([None, "chain", "star", "tree_of_chains"])
+            shape = rng.choice([None, "chain", "star", "tree_of_chains", "d_ary"])
             number = rng.choice([None, 1, 2, 3])
             world.reduce(
                 rank, world.requests.get(rid) or ev.ReduceRequested(rid, tuple(REDUCES[rid]), "sum", number, shape)

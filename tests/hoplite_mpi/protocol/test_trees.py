@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoplite_mpi.protocol.trees import Tree, chain, in_order, star, tree_of_chains
+from hoplite_mpi.protocol.trees import Tree, chain, d_ary, in_order, star, tree_of_chains
 
 
 def assert_sound(tree: Tree, n: int) -> None:
@@ -112,9 +112,35 @@ def test_chain_and_star(n: int) -> None:
     assert star(n).fan_in == n - 1
 
 
-@given(st.integers(2, 60), st.integers(0, 70), st.integers(2, 60))
+@given(st.integers(1, 300), st.integers(1, 320))
+def test_d_ary_is_complete_and_in_order(n: int, d: int) -> None:
+    tree = d_ary(n, d)
+    assert_sound(tree, n)
+    assert_in_order(tree)
+    # All levels but the lowest are full, and on the one above it no more than one slot has some of its children only.
+    above = [len(tree.children[slot]) for slot in range(n) if len(tree.ancestors(slot)) < tree.height - 1]
+    assert all(count == d for count in above)
+    last = [len(tree.children[slot]) for slot in range(n) if len(tree.ancestors(slot)) == tree.height - 1]
+    assert sum(0 < count < d for count in last) <= 1
+
+
+@given(st.integers(1, 100))
+def test_d_ary_ends_in_the_chain_and_the_star(n: int) -> None:
+    assert d_ary(n, 1) == chain(n)
+    assert d_ary(n, max(1, n - 1)) == star(n)
+    assert d_ary(2**6 - 1, 2) == tree_of_chains(2**6 - 1, 0)
+
+
+def test_a_ternary_tree_of_thirteen() -> None:
+    tree = d_ary(13, 3)
+    assert tree.root == 4
+    assert tree.children[4] == (1, 6, 10)
+    assert [tree.children[slot] for slot in (1, 6, 10)] == [(0, 2, 3), (5, 7, 8), (9, 11, 12)]
+
+
+@given(st.integers(2, 60), st.integers(1, 70), st.integers(2, 60))
 def test_from_the_second_arrival_on_somebody_streams(n: int, k: int, arrived: int) -> None:
-    for tree in (chain(n), star(n), tree_of_chains(n, k)):
+    for tree in (chain(n), star(n), tree_of_chains(n, k), d_ary(n, k)):
         here = range(min(arrived, n))
         assert any(tree.parent[slot] in here for slot in here)
 
@@ -142,10 +168,12 @@ def test_what_is_not_a_tree_is_refused(children: list[list[int]]) -> None:
 
 
 def test_sizes_out_of_range_are_refused() -> None:
-    for make in (chain, star, lambda n: tree_of_chains(n, 1)):
+    for make in (chain, star, lambda n: tree_of_chains(n, 1), lambda n: d_ary(n, 2)):
         with pytest.raises(ValueError, match="a slot or more"):
             make(0)
     with pytest.raises(ValueError, match="chains of -1"):
         tree_of_chains(4, -1)
+    with pytest.raises(ValueError, match="0 children"):
+        d_ary(4, 0)
     with pytest.raises(IndexError, match="slot 4"):
         chain(4).ancestors(4)
