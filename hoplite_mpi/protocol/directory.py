@@ -320,14 +320,15 @@ class Directory:
                 src, ms.Refused(number, spec.rid, f"{spec.rid!r} is known as something else; reduce into a new id")
             )
         else:
-            self._begin(self._specs.setdefault(spec.rid, spec))
+            self._begin(self._specs.setdefault(spec.rid, spec), src)
 
-    def _begin(self, spec: ms.ReduceSpec) -> None:
+    def _begin(self, spec: ms.ReduceSpec, caller: int | None = None) -> None:
         entry = self.entry(spec.rid)
         if spec.rid in self._reductions or entry.final or entry.error is not None:
             return
         entry.void()
         reduction = self._reductions[spec.rid] = self.reduction_class(self._port, self, spec)
+        reduction.caller = caller
         reduction.begin()
 
     def _that_await(self, oid: ObjectID) -> Iterable[Reduction]:

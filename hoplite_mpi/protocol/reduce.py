@@ -77,6 +77,8 @@ class Reduction:
         self._inputs: dict[ObjectID, bytes] = {}
         #: star: those that were given out to be reduced
         self._summed: tuple[ObjectID, ...] = ()
+        #: rank that asked for it, if known: its source becomes the root
+        self.caller: int | None = None
         #: generation of the root or of the star; None while nothing flows
         self.version: int | None = None
         #: final or failed: nothing is done any more
@@ -200,18 +202,30 @@ class Reduction:
 
     def _fill(self) -> None:
         assert self._tree is not None
-        for slot in range(len(self._tree)):
+        free = [slot for slot in range(len(self._tree)) if slot not in self._slots]
+        root = self._tree.root
+        if root in free and not self._order:
+            # The result comes to the caller over the link that its slot takes in streams by, unless its source is the root.
+            first = list(self._backups)[: len(free)]
+            own = [oid for oid in first if self._backups[oid][0] == self.caller]
+            if own:
+                free.remove(root)
+                self._seat(root, own[0])
+        for slot in free:
             if not self._backups:
                 return
-            if slot not in self._slots:
-                oid = self._order[slot] if self._order else next(iter(self._backups))
-                if oid not in self._backups:
-                    continue
-                rank, incarnation = self._backups.pop(oid)
-                self._place(slot, oid, rank, incarnation)
-                parent = self._tree.parent[slot]
-                if parent in self._slots:
-                    self._link(parent, slot)
+            oid = self._order[slot] if self._order else next(iter(self._backups))
+            if oid in self._backups:
+                self._seat(slot, oid)
+
+    def _seat(self, slot: int, oid: ObjectID) -> None:
+        """Give a free slot to a source that waits, and link it to its parent."""
+        assert self._tree is not None
+        rank, incarnation = self._backups.pop(oid)
+        self._place(slot, oid, rank, incarnation)
+        parent = self._tree.parent[slot]
+        if parent in self._slots:
+            self._link(parent, slot)
 
     def _place(self, slot: int, source: ObjectID, rank: int, incarnation: int) -> None:
         """Give a slot to a source, with a new generation; the links from its children, but not to its parent."""

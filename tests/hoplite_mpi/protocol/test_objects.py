@@ -294,14 +294,48 @@ def test_reduce_of_all(small: bool, shape: str | None) -> None:
 def test_the_shape_asked_for_is_filled_in_order_of_arrival(
     shape: str, degree: int | None, children: list[int], order: tuple[int, ...]
 ) -> None:
-    world = make(6)
+    world = make(7)
     rid = owned_by(world, 0)
-    world.reduce(1, request(rid, 6, shape=shape, degree=degree))
+    world.reduce(6, request(rid, 6, shape=shape, degree=degree))
     for rank in order:
         world.put(rank, SOURCES[rank], 1 << rank)
         until(world, lambda: not any(world.links.values()))
     assert [(start.slot, start.num_children) for _, start in world.slot_starts] == list(enumerate(children))
     assert [rank for rank, _ in world.slot_starts] == list(order)
+
+
+@pytest.mark.parametrize(("shape", "degree", "root"), [("chain", None, 5), ("star", None, 1), ("d_ary", 2, 3)])
+def test_the_source_of_the_caller_is_the_root_whenever_it_comes(shape: str, degree: int | None, root: int) -> None:
+    for caller in range(6):
+        world = make(6)
+        rid = owned_by(world, 0)
+        world.reduce(caller, request(rid, 6, shape=shape, degree=degree))
+        for rank in range(6):
+            world.put(rank, SOURCES[rank], 1 << rank)
+            until(world, lambda: not any(world.links.values()))
+        slot_of = {rank: start.slot for rank, start in world.slot_starts}
+        # Later than the others it finds the root taken, if the root isn't the last slot.
+        assert slot_of[caller] == (root if caller <= root else caller)
+        others = [slot_of[rank] for rank in range(6) if rank != caller]
+        assert others == sorted(others)
+        world.get(caller, rid)
+        world.settle()
+        assert world.nodes[caller].delivered[rid].sources == frozenset(SOURCES)
+
+
+def test_the_source_of_the_caller_does_not_come_before_earlier_ones() -> None:
+    world = make(6)
+    rid = owned_by(world, 0)
+    world.reduce(1, request(rid, 6, 2))
+    world.get(1, rid)
+    for rank in (3, 4, 5, 1):
+        world.put(rank, SOURCES[rank], 1 << rank)
+        until(world, lambda: not any(world.links.values()))
+    assert not world.nodes[1].delivered
+    world.change(kill=[4])
+    assert world.view.owner(bytes(rid)) == 0
+    world.settle()
+    assert world.nodes[1].delivered[rid].sources == {SOURCES[3], SOURCES[5]}
 
 
 @pytest.mark.parametrize(("shape", "degree"), [("ring", None), ("chain", 2), ("d_ary", 0)])
