@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
+
+from hoplite_mpi.protocol.cost import shape_error
 
 __all__ = ["DEFAULT", "Config"]
 
@@ -32,22 +35,25 @@ class Config:
 
     #: objects up to this many bytes live in the directory and come with its reply
     inline_limit: int = 64 * 1024
-    #: bytes per message of a transfer
-    chunk_size: int = 256 * 1024
+    #: bytes per message of a transfer; None: by the measured bandwidth, 64 KiB to 1 MiB
+    chunk_size: int | None = None
     #: messages of one transfer that are in flight at once
     window: int = 8
     #: bytes of shared memory that this rank may hold; None: as much as /dev/shm has
     memory_limit: int | None = None
     #: bytes of freed arena files kept mapped for the next objects
     recycle_limit: int = 1 << 30
-    #: assumed latency of one hop in seconds, for the reduce's cost model
-    latency: float = 100e-6
-    #: assumed bandwidth in bytes per second, for the reduce's cost model
-    bandwidth: float = 1.0e9
     #: an allreduce or reduce_scatter of this many bytes or more is split into one stripe for each rank
     stripe_threshold: int = 1 << 20
     #: seconds that an allreduce waits for all to come before it begins with those who are there, and without stripes
     stripe_patience: float = 0.01
+    #: latency of one hop in seconds, for the reduce's cost model; None: measured, for each class of links
+    latency: float | None = None
+    #: bytes per second into one rank, for the same; None: measured
+    bandwidth: float | None = None
+    #: shape of reduces that ask for none, and its degree, see `ObjectStore.reduce`; None: what the cost model says
+    reduce_shape: str | None = None
+    reduce_degree: int | None = None
     #: seconds without traffic after which the engine stops polling and blocks
     spin_time: float = 0.002
     #: seconds between the polls of a blocked engine (safety net beside the doorbell)
@@ -70,8 +76,15 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "window", "inline_limit"):
-            if getattr(self, name) < (0 if name == "inline_limit" else 1):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "inline_limit" else 1):
                 raise ValueError(f"Config.{name} = {getattr(self, name)} is out of range")
+        if not (self.latency is None or 0 <= self.latency < math.inf):
+            raise ValueError(f"Config.latency = {self.latency} is not a number of seconds")
+        if not (self.bandwidth is None or 0 < self.bandwidth < math.inf):
+            raise ValueError(f"Config.bandwidth = {self.bandwidth} is not a number of bytes per second")
+        if (wrong := shape_error(self.reduce_shape, self.reduce_degree)) is not None:
+            raise ValueError(f"Config.reduce_shape, Config.reduce_degree: {wrong}")
         chain = ["stall_timeout", "keepalive_timeout", "join_timeout", "evict_timeout"]
         for inner, outer in itertools.pairwise(chain):
             if not 0 < getattr(self, inner) < getattr(self, outer):
@@ -86,7 +99,7 @@ class Config:
             text = os.environ.get(f"HOPLITE_{field.name.upper()}")
             if text is None:
                 continue
-            kind = int if "int" in str(field.type) else float
+            kind = next((one for one in (int, str) if one.__name__ in str(field.type)), float)
             try:
                 changes[field.name] = None if text.lower() == "none" else kind(text)
             except ValueError:

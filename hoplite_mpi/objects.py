@@ -199,7 +199,7 @@ class Objects:
             copy.stream.key,
             copy.stream.progress,
             copy.meta.nbytes,
-            self._engine.config.chunk_size,
+            self._transfers.chunk_size,
             buffer_of,
             copy.stream.advance,
             ended,

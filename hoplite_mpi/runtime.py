@@ -20,6 +20,7 @@ from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import membership_messages as ms
 from hoplite_mpi.protocol import wire
 from hoplite_mpi.protocol.core import Protocol
+from hoplite_mpi.protocol.links import Links
 from hoplite_mpi.protocol.membership import Membership
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.reserving import Reserver
@@ -28,11 +29,12 @@ from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
+from hoplite_mpi.transport.gauge import Gauge
 from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
 from hoplite_mpi.transport.primitives import Ordered
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
-from hoplite_mpi.transport.transfer import Transfers
+from hoplite_mpi.transport.transfer import PROBE, Transfers
 
 __all__ = ["Runtime"]
 
@@ -66,6 +68,8 @@ class Runtime:
         )
         self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
         self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
+        self.gauge = Gauge(self.engine, self.transfers, place.rank, self._on_this_node, self._measured)
+        self.fabric.on_up = self.gauge.up
         self.joiner = Joiner(
             self.engine,
             self.side,
@@ -155,6 +159,8 @@ class Runtime:
         """Leave the view cleanly, then close. Any thread; never hangs on dead peers."""
         try:
             if self.closed is None:
+                self.engine.run(self.gauge.stop)
+                self.engine.wait(lambda: self.gauge.idle or self.closed is not None, self._pause, min(timeout, 1.0))
                 self.engine.run(lambda: self._membership(ms.LeaveRequested()))
                 self.engine.wait(lambda: self.left or self.closed is not None, self._pause, timeout)
             self.engine.run(self._shut)
@@ -286,6 +292,8 @@ class Runtime:
         self.handle(ev.InlineReduced(what.rid, what.version, data, what.meta, error))
 
     def _find_stream(self, key: bytes) -> Any:
+        if key == PROBE:
+            return self.gauge.find()
         return self.objects.find(key) if key[:1] == b"o" else self.slots.find(key)
 
     def _no_memory(self, oid: ObjectID, error: HopliteError) -> None:
@@ -334,6 +342,18 @@ class Runtime:
             return
         self._redialed.discard(peer)
         self._membership(ms.PeerDown(*peer, "reset" if proof in ("reset", "bye") else "silence"))
+
+    def _on_this_node(self, peer: PeerKey) -> bool:
+        member = None if self.view is None else self.view.members.get(peer[0])
+        return member is not None and member.node == self.place.node
+
+    def _measured(self, links: Links) -> None:
+        self.handle(ev.LinksMeasured(links))
+        self._set_chunk_size()
+
+    def _set_chunk_size(self) -> None:
+        if self.view is not None:
+            self.transfers.chunk_size = self.gauge.links.chunk_size(self.view)
 
     def _side_message(self, peer: PeerKey, kind: int, body: Any) -> None:
         self.liveness.heard(peer)
@@ -392,6 +412,7 @@ class Runtime:
     def _install(self, what: ms.Install) -> None:
         view, before = what.view, self.view
         self.view = view
+        self._set_chunk_size()
         self.peers_lost += len(what.lost)
         gone = [] if before is None else [m for m in before.members.values() if not view.has(m.rank, m.incarnation)]
         for member in gone:

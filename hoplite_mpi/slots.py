@@ -176,7 +176,8 @@ class Slots:
                 self._fail(what, "source", f"{what.source} is not on this rank")
             return
         dtype = what.meta.dtype if what.meta.dtype is not None else np.dtype(np.uint8)
-        length, step = what.meta.nbytes // dtype.itemsize, max(1, self._engine.config.chunk_size // flow.itemsize)
+        length = what.meta.nbytes // dtype.itemsize
+        step = max(1, min(length, self._transfers.chunk_size // flow.itemsize))
         key = slot_key(*name, what.generation)
         if region is None:  # a leaf's output is its source
             output = Stream(self._engine, key, source.data, source.progress, keep=source.keep)

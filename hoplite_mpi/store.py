@@ -28,6 +28,7 @@ from hoplite_mpi.meta import Meta
 from hoplite_mpi.objects import Ready
 from hoplite_mpi.protocol import cost
 from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.protocol.links import ReduceExplanation, explain
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.runtime import Runtime
 from hoplite_mpi.statistics import Statistics
@@ -352,6 +353,8 @@ class ObjectStore(Collectives):
             raise ValueError(f"num_objects is {num_objects}, but {len(oids)} objects were given")
         if deterministic and num_objects is not None:
             raise ReduceError("deterministic=True can't be had with num_objects, which takes whatever comes first")
+        if shape is None and degree is None:
+            shape, degree = self._config.reduce_shape, self._config.reduce_degree
         if (wrong := cost.shape_error(shape, degree)) is not None:
             raise ValueError(wrong)
         token = as_op(op).token
@@ -372,9 +375,26 @@ class ObjectStore(Collectives):
             raise ReduceError(f"{oid} was put, not reduced")
         return frozenset(sources)
 
-    def explain_reduce(self, n: int, nbytes: int) -> cost.Choice:
-        """Return the shape that a reduce of *n* objects of *nbytes* bytes would have, and why: predicted seconds, L and B."""
-        return cost.choose(n, nbytes, self._config.latency, self._config.bandwidth, self._config.chunk_size)
+    def explain_reduce(
+        self,
+        n: int,
+        nbytes: int,
+        *,
+        shape: str | None = None,
+        degree: int | None = None,
+        deterministic: bool = False,
+    ) -> ReduceExplanation:
+        """Return the shape that a reduce of *n* objects of *nbytes* bytes would have if this rank coordinated it now, and why.
+
+        With the predicted seconds of all shapes and the latency and bandwidth of each class of links. Ranks measure each for
+        itself, and the owner of the result's id chooses. Does not block. ValueError for what can't be.
+        """
+        runtime = self._runtime
+        runtime.check()
+        if shape is None and degree is None:
+            shape, degree = self._config.reduce_shape, self._config.reduce_degree
+        assert runtime.view is not None
+        return explain(n, nbytes, runtime.gauge.links, runtime.view, self._config, shape, degree, deterministic)
 
     # -- the store itself --------------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,8 @@ class Protocol:
             self._install(event.view)
         elif isinstance(event, ev.MessageReceived):
             self._receive(event)
+        elif isinstance(event, ev.LinksMeasured):
+            port.links = event.links
         elif isinstance(event, ev.InlineReduced):
             self._results.append(event)
             self._release()

@@ -38,6 +38,7 @@ from hoplite_mpi.protocol.instructions import (
     StopSlot,
     Stored,
 )
+from hoplite_mpi.protocol.links import Links
 from hoplite_mpi.protocol.messages import Message
 from hoplite_mpi.protocol.view import View
 
@@ -56,6 +57,7 @@ __all__ = [
     "GetRequested",
     "InlineReduced",
     "Instruction",
+    "LinksMeasured",
     "Locations",
     "LocationsRequested",
     "MapLocal",
@@ -86,6 +88,13 @@ class ViewInstalled:
     """A newer view holds from now on; views may be skipped. Every rank of it installs it."""
 
     view: View
+
+
+@dataclass(frozen=True, slots=True)
+class LinksMeasured:
+    """What the links can do, as far as is known now: the shapes of reduces that begin depend on it."""
+
+    links: Links
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,4 +304,5 @@ Event = (
     | SlotFailed
     | ChildFailed
     | InlineReduced
+    | LinksMeasured
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hoplite_mpi.config import Config
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.protocol.events import Instruction, Send
+from hoplite_mpi.protocol.links import Links
 from hoplite_mpi.protocol.view import View
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class Port:
     def __init__(self, rank: int, config: Config) -> None:
         self.rank = rank
         self.config = config
+        #: what is known of the links; the driver tells of better values
+        self.links = Links.of_config(config)
         #: number 0 and empty before the first view
         self.view = View(0)
         self.instructions: list[Instruction] = []

@@ -194,11 +194,11 @@ class Reduction:
         self._order = tuple(oid for oid in self.spec.sources if oid not in self._gone) if self.spec.ordered else ()
 
     def _shape(self, meta: Meta) -> Tree:
-        n, config, shape, degree = self._size, self._port.config, self.spec.shape, self.spec.degree
+        n, port, shape, degree = self._size, self._port, self.spec.shape, self.spec.degree
         if self.spec.ordered:  # what is measured differs from run to run
             return fixed_shape(n, meta.nbytes, shape, degree).tree
-        links = config.latency, config.bandwidth, config.chunk_size
-        return choose(n, meta.nbytes, *links, shape, degree).tree
+        links, chunk = port.links.ruling(port.view)[1], port.links.chunk_size(port.view)
+        return choose(n, meta.nbytes, links.latency, links.bandwidth, chunk, shape, degree).tree
 
     def _fill(self) -> None:
         assert self._tree is not None

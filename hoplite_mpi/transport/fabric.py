@@ -83,6 +83,8 @@ class Fabric:
         self._tag_limit = min(int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767), 1 << 22)
         #: requests on dead peers and their buffers: MPI may touch these until the process ends
         self._quarantine: list[tuple[MPI.Request | None, Any]] = []
+        #: told each link that has come up
+        self.on_up: Callable[[Link], None] = lambda link: None
         self.messages_sent = 0
         self.bytes_sent = 0
         engine.may_sleep = self._may_sleep
@@ -102,6 +104,7 @@ class Fabric:
         self._listen(link)
         while link.backlog:
             self._post(link, link.backlog.popleft())
+        self.on_up(link)
 
     def drop(self, peer: PeerKey) -> None:
         """Give a link up: its process is gone."""

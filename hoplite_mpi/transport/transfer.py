@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 from mpi4py import MPI
@@ -24,7 +24,10 @@ from hoplite_mpi.transport.fabric import Fabric, Link
 from hoplite_mpi.transport.primitives import Signal, Timer
 from hoplite_mpi.transport.sidechannel import PeerKey
 
-__all__ = ["REFUSE", "Incoming", "Stream", "Transfers"]
+if TYPE_CHECKING:
+    from hoplite_mpi.transport.gauge import Gauge
+
+__all__ = ["PROBE", "REFUSE", "Incoming", "Stream", "Transfers"]
 
 log = logging.getLogger("hoplite_mpi.transfer")
 
@@ -32,6 +35,9 @@ _PULL, _STOP, _STOPPED = range(3)
 
 #: what `find` answers for a stream that will not be here (again)
 REFUSE = object()
+
+#: name of the stream that measures a link: no fault point, and no counter but `Transfers.probes`, knows of it
+PROBE = b"p"
 
 
 class Stream:
@@ -93,6 +99,7 @@ class Incoming:
     draining: bool = False
     watchdog: Timer | None = None
     seen: int = -1
+    probe: bool = False
 
     @property
     def chunks(self) -> int:
@@ -132,10 +139,20 @@ class Transfers:
         self._last_number = 0
         #: matched receives of dead peers and their buffers: MPI may write there until the process ends
         self._quarantine: list[Any] = []
+        self.gauge: Gauge | None = None
+        #: bytes per message
+        self.chunk_size = 256 * 1024
+        #: probes under way, of this process and at it
+        self.probes = 0
         self.bytes_received = 0
         self.bytes_sent = 0
         self.started = 0
         self.stalled = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._incoming or self._outgoing)
 
     # -- receiver ----------------------------------------------------------------------------------------------------------
 
@@ -157,11 +174,16 @@ class Transfers:
         watch: give up after `Config.stall_timeout` without progress; allowed: chunks to take before `allow` says more.
         """
         self._last_number += 1
-        self.started += 1
         incoming = Incoming(
             self._last_number, link, self._fabric.new_tag(link), offset, end, chunk, buffer_of, on_progress, on_end
         )
-        incoming.progress, incoming.allowed = offset, allowed
+        incoming.progress, incoming.allowed, incoming.probe = offset, allowed, key == PROBE
+        if incoming.probe:
+            self.probes += 1
+        else:
+            self.started += 1
+            if self.gauge is not None:
+                self.gauge.began(link)
         self._incoming[incoming.number] = incoming
         if link.down:
             self._engine.after(0, lambda: self._finish(incoming, "peer lost"))
@@ -221,9 +243,12 @@ class Transfers:
         if error is not None:
             self._finish(incoming, f"receive failed: {error}")
             return
-        self.bytes_received += len(buffer)
         incoming.arrived.add(index)
-        fault.point("transfer.chunk_received")
+        if not incoming.probe:
+            self.bytes_received += len(buffer)
+            if self.gauge is not None:
+                self.gauge.received(incoming.link, len(buffer))
+            fault.point("transfer.chunk_received")
         first = (incoming.progress - incoming.offset) // incoming.chunk if incoming.progress < incoming.end else -1
         moved = False
         while first in incoming.arrived:
@@ -245,7 +270,7 @@ class Transfers:
             if incoming.ended or incoming.stopping is not None:
                 return
             if incoming.progress == incoming.seen and incoming.link.comm is not None:
-                self.stalled += 1
+                self.stalled += not incoming.probe
                 self._route_around(incoming)
                 return
             incoming.seen = incoming.progress if incoming.link.comm is not None else -1
@@ -281,6 +306,10 @@ class Transfers:
         if incoming.watchdog is not None:
             incoming.watchdog.cancel()
         self._incoming.pop(incoming.number, None)
+        if incoming.probe:
+            self.probes -= 1
+        elif self.gauge is not None:
+            self.gauge.ended(incoming.link)
         if not incoming.draining:
             incoming.on_end(reason, tainted)
 
@@ -320,9 +349,11 @@ class Transfers:
 
     async def _serve(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
         link, number = outgoing.link, outgoing.number
+        self.probes += key == PROBE
         try:
             complete = await self._send_all(outgoing, tag, key, offset, end, chunk)
         finally:
+            self.probes -= key == PROBE
             self._outgoing.pop((link.peer, number), None)
         if not complete and not link.down:
             self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
@@ -356,11 +387,12 @@ class Transfers:
                 await changed
             if stream.broken or over():
                 return False
-            fault.point("transfer.chunk_sent")
+            if key != PROBE:
+                fault.point("transfer.chunk_sent")
+                self.bytes_sent += stop - position
             in_flight += 1
             # `keep` holds the stream's bytes in place while MPI reads them
             self._fabric.isend(link, stream.data[position:stop], tag, sent, keep=stream.keep)
-            self.bytes_sent += stop - position
             outgoing.posted += 1
             position = stop
         return True

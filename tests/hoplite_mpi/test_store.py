@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -284,7 +284,26 @@ def test_the_others_go_on_when_one_has_closed(open_store: OpenStore) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("settings", [{"chunk_size": 0}, {"stall_timeout": 100.0}])
-def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunk_size": 0},
+        {"stall_timeout": 100.0},
+        {"latency": -1.0},
+        {"bandwidth": 0.0},
+        {"reduce_shape": "ring"},
+        {"reduce_degree": 2},
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        hm.Config(**settings)  # type: ignore[arg-type]
+        hm.Config(**settings)
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"latency": "2e-5", "chunk_size": "4096", "reduce_shape": "d_ary", "reduce_degree": "3"}.items():
+        monkeypatch.setenv(f"HOPLITE_{name.upper()}", text)
+    monkeypatch.setenv("HOPLITE_BANDWIDTH", "none")
+    config = hm.Config.from_environment(hm.Config(bandwidth=1.0))
+    assert (config.latency, config.bandwidth, config.chunk_size) == (2e-5, None, 4096)
+    assert (config.reduce_shape, config.reduce_degree) == ("d_ary", 3)
