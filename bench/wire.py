@@ -87,8 +87,8 @@ def world(rounds: int) -> None:
         print(json.dumps(found), flush=True)
 
 
-def ours(rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Measure ours, as one of the ranks; return name → (ready, done) of each round."""
+def ours(rounds: int) -> tuple[dict[str, list[tuple[float, float]]], str]:
+    """Measure ours, as one of the ranks; return name → (ready, done) of each round, and what the store says of a reduce."""
     import numpy as np
 
     import hoplite_mpi as hm
@@ -135,8 +135,10 @@ def ours(rounds: int) -> dict[str, list[tuple[float, float]]]:
                 for oid in (rid, *sources):
                     store.delete(oid)
             store.barrier()
+    explanation = str(store.explain_reduce(HOSTS, NBYTES))
+    store.barrier()
     store.close()
-    return found
+    return found, explanation
 
 
 def seconds_of(name: str, spans: list[tuple[float, float]]) -> float:
@@ -166,9 +168,10 @@ def main(rounds: int) -> None:
     print(f"{'':34}{'seconds':>22}   {'times S/B':>9}   {'of wire speed':>13}   {'first':>7}")
     for name, spans in theirs.items():
         _line(f"MPICH {name}", [seconds_of(name, one) for one in spans], bound)
-    for name in results[0].value:
-        turns = zip(*(results[rank].value[name] for rank in range(HOSTS)), strict=True)
+    for name in results[0].value[0]:
+        turns = zip(*(results[rank].value[0][name] for rank in range(HOSTS)), strict=True)
         _line(f"hoplite_mpi {name}", [seconds_of(name, list(turn)) for turn in turns], bound)
+    print(f"explain_reduce on rank 0: {results[0].value[1]}")
 
 
 def _world_on(hosts: Any, rounds: int) -> dict[str, list[list[tuple[float, float]]]]:
@@ -214,5 +217,7 @@ if __name__ == "__main__":
             send_stream(target)
         case ["world", count]:
             world(int(count))
+        case _ if os.geteuid():
+            print("left out: emulated hosts need root")
         case _:
             main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
