@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoplite_mpi.protocol.cost import (
@@ -113,6 +113,7 @@ def test_a_tie_between_trees_takes_the_fewest_levels() -> None:
     assert choose(5, 0, L, B, shape="d_ary").tree == d_ary(5, 4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(0, 1 << 34), st.sampled_from(SHAPES), st.integers(1, 300))
 def test_a_shape_can_be_asked_for(n: int, nbytes: int, shape: str, degree: int) -> None:
     choice = choose(n, nbytes, L, B, 256 * KIB, shape)
@@ -150,6 +151,7 @@ def test_what_is_no_shape_is_refused(bad: tuple[str | None, int | None]) -> None
         choose(4, MIB, L, B, 0, *bad)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(0, 1 << 34), st.floats(0, 1), st.floats(1e3, 1e12), st.integers(0, 1 << 24))
 def test_the_choice_is_the_best_of_the_eligible(
     n: int, nbytes: int, latency: float, bandwidth: float, chunk: int
