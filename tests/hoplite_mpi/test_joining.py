@@ -91,7 +91,7 @@ def _all_talk(needed: int) -> Any:
 
     import hoplite_mpi as hm
 
-    store, rank = _open(None), int(os.environ["HOPLITE_RANK"])
+    store, rank, size = _open(None), int(os.environ["HOPLITE_RANK"]), int(os.environ["HOPLITE_SIZE"])
     store.put(np.full(LARGE, rank), hm.ObjectID.from_name(f"of {rank}"))
     got: set[int] = set()
 
@@ -105,6 +105,11 @@ def _all_talk(needed: int) -> Any:
         return len(got) >= needed
 
     _until(all_got, "somebody's object did not come", 45)
+    # not a barrier: who joins while others are in it takes part in the next one only
+    store.put(b"", hm.ObjectID.from_name(f"over {rank}"))
+    _until(
+        lambda: len(store.located([hm.ObjectID.from_name(f"over {r}") for r in range(size)])) == size, "not all came"
+    )
     store.barrier()
     return sorted(got)
 
