@@ -11,7 +11,8 @@ from .dag import BadWorkflowError, InputItem, InputNode, ReduceNode, StepNode, T
 from .errors import IllegalAnnotationError
 from .fingerprint import Fingerprint, is_installed_path
 from .options import check_checkpoint
-from .payload import Blobs, dump_arguments, dump_function, dump_value
+from .payload import Blobs, dump_arguments, dump_function
+from .pickling import dumps
 from .settings import Settings
 from .spec import TaskSpec, WorkflowSpec
 
@@ -129,7 +130,7 @@ class _Compiler:
 
     def _add_input(self, what: str, value: Any) -> str:
         try:
-            return self.blobs.add_object(value, dump_value)
+            return self.blobs.add_object(value, dumps)
         except Exception as error:  # whatever a user's __reduce__ raises
             raise BadWorkflowError(f"{what} can't be pickled: {type(error).__name__}: {error}") from error
 
@@ -172,7 +173,7 @@ class _Compiler:
     @staticmethod
     def _dump_retry(kinds: Any, name: str) -> bytes:
         try:
-            return dump_value(kinds)
+            return dumps(kinds)
         except Exception as error:  # a class whose body holds what can't be pickled
             raise BadWorkflowError(f"retry_exceptions of task {name!r} can't be pickled: {error}") from error
 

@@ -13,15 +13,12 @@ import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import cloudpickle
 import numpy as np
 
 from .dag import BadWorkflowError, DAGNode, InputItem, InputNode, StepNode
+from .pickling import PROTOCOL, Pickler, dumps
 
 __all__ = ["Blobs", "dump_arguments", "dump_function", "load_arguments", "load_function", "load_value"]
-
-#: fixed, so that every Python >= 3.8 reads it and out-of-band buffers stay possible
-PROTOCOL = 5
 
 
 class Blobs:
@@ -55,7 +52,7 @@ class Blobs:
         return (kind is bytes or kind is bytearray) and len(value) >= self.shared_constant_size
 
 
-class _ArgumentPickler(cloudpickle.Pickler):
+class _ArgumentPickler(Pickler):
     def __init__(self, file: io.BytesIO, blobs: Blobs, refer: Callable[[DAGNode], tuple[str, Any]]) -> None:
         super().__init__(file, protocol=PROTOCOL)
         self.blobs = blobs
@@ -67,7 +64,7 @@ class _ArgumentPickler(cloudpickle.Pickler):
         if isinstance(value, DAGNode):
             reference = self.refer(value)
         elif self.blobs.is_large(value):
-            reference = ("b", self.blobs.add_object(value, dump_value))
+            reference = ("b", self.blobs.add_object(value, dumps))
         else:
             return None
         if reference[0] == "b":
@@ -86,12 +83,6 @@ class _ArgumentUnpickler(pickle.Unpickler):
         return self.output(key) if kind == "t" else self.blob(key)
 
 
-def dump_value(value: Any) -> bytes:
-    """Return the pickle of a plain value; whatever its pickling raises, it raises."""
-    data: bytes = cloudpickle.dumps(value, protocol=PROTOCOL)
-    return data
-
-
 def load_value(data: bytes) -> Any:
     """Return the value of a blob of the spec."""
     return pickle.loads(data)
@@ -100,7 +91,7 @@ def load_value(data: bytes) -> Any:
 def dump_function(function: Callable[..., Any], task: str) -> bytes:
     """Return the pickle of *function*; BadWorkflowError names the *task* if that, or what it uses, can't be pickled."""
     try:
-        return dump_value(function)
+        return dumps(function)
     except Exception as error:  # whatever a user's __reduce__ raises
         raise BadWorkflowError(
             f"the function of task {task!r} can't be sent to a worker: {_why(error)}. It takes along the global "

@@ -16,10 +16,10 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle
 import msgpack
 import numpy as np
 
+from exoflow_hpc.pickling import dumps
 from hoplite_mpi.meta import Meta
 
 __all__ = ["Part", "Plan", "checksum", "pack", "parts", "unpack"]
@@ -124,7 +124,7 @@ def pack(value: Any) -> Plan:
         chunks, kind = [memoryview(value)], _BYTES
     else:
         try:
-            data = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+            data = dumps(value, buffers.append)
         except Exception as error:  # a user's __reduce__ can raise anything
             raise TypeError(_explain(value, error)) from error
         chunks, kind = [memoryview(data), *(buffer.raw() for buffer in buffers)], _PICKLE
@@ -183,7 +183,7 @@ def _blame(value: Any, path: str, error: BaseException, depth: int) -> tuple[str
     if depth < 20:
         for step, child in _children(value):
             try:
-                cloudpickle.dumps(child, protocol=5, buffer_callback=lambda _: None)
+                dumps(child, lambda _: None)
             except Exception as inner:
                 return _blame(child, path + step, inner, depth + 1)
     return path, value, error

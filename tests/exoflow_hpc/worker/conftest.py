@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import pytest
 
+from exoflow_hpc.pickling import dumps
 from exoflow_hpc.worker import Progress, TaskHandle, TaskIdentity, TaskRequest, TaskResult, WorkerPool
 from hoplite_mpi import ObjectID
 
@@ -24,12 +24,12 @@ DEADLINE = 30.0
 
 def request(function: Callable[..., Any], *args: Any, task_id: str = "task", **changes: Any) -> TaskRequest:
     """Return a request to call *function*, pickled by value, with *args*."""
-    blob = cloudpickle.dumps(function)
+    blob = dumps(function)
     key = hashlib.blake2b(blob, digest_size=16).hexdigest()
     fields: dict[str, Any] = {
         "identity": TaskIdentity("workflow", task_id),
         "function": key,
-        "args": cloudpickle.dumps((args, {})),
+        "args": dumps((args, {})),
         "blobs": {key: blob},
         "inputs": {},
         "output": ObjectID.random(),
