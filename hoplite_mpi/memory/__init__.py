@@ -24,6 +24,7 @@ from .kernels import (
     reduce_into,
 )
 from .region import ObjectInfo, Pinned, Region
+from .spill import Spill, SpillStatistics, spill_directory, sweep_spilled
 
 __all__ = [
     "BAND",
@@ -43,6 +44,8 @@ __all__ = [
     "Pinned",
     "ReduceOp",
     "Region",
+    "Spill",
+    "SpillStatistics",
     "arena_directory",
     "as_op",
     "finish",
@@ -50,6 +53,8 @@ __all__ = [
     "op_of",
     "reduce_bytes",
     "reduce_into",
+    "spill_directory",
     "sweep",
+    "sweep_spilled",
     "unlink_own_segments",
 ]

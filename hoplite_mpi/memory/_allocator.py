@@ -8,9 +8,9 @@ import os
 from contextlib import suppress
 
 from ..errors import StoreFullError
-from ._keeper import Keeper, Role
-from ._mapping import HEADER, RETIRED, Mapping
-from ._pool import temporary_prefix
+from ._keeper import Keeper, Key, Role, key_of
+from ._mapping import HEADER, RETIRED, SEALED, Mapping
+from ._pool import exclusive, temporary_prefix
 from ._room import room
 from ._roster import Roster
 
@@ -124,6 +124,57 @@ class Allocator(Keeper):
         """Stop counting what other processes deleted."""
         for mapping in [m for m in self._own.values() if m.header.state == RETIRED]:
             self._forget(mapping)
+
+    # -- idle objects: what could be moved out of memory
+
+    def idle(self, nbytes: int) -> list[Key]:
+        """Return sealed objects that no view of this process uses, the one used longest ago first.
+
+        Those of this process; of the whole node, if memory_limit is not what keeps *nbytes* bytes out.
+        """
+        with self._locked():
+            self._check_open()
+            own = [m.key for m in self._mappings.values() if m.key in self._own and self._is_idle(m)]
+            limited = self.memory_limit is not None and self._used + nbytes > self.memory_limit
+            used = {m.key for m in self._mappings.values() if m.exports}
+        keys = [key for key in own if key is not None]
+        if limited:
+            return keys
+        found = {key for name in os.listdir(self.directory) if (key := key_of(name)) is not None}
+        return keys + sorted(found - set(keys) - used)
+
+    @staticmethod
+    def _is_idle(mapping: Mapping) -> bool:
+        return not mapping.exports and mapping.header.state == SEALED and not mapping.header.provisional
+
+    def header(self, key: Key) -> bytes | None:
+        """Return the header page of a sealed object for a copy elsewhere; None if it is gone, or its id not confirmed."""
+        with self._locked():
+            mapping = self._by_key.get(key)
+            if mapping is None or mapping.header.state != SEALED or mapping.header.provisional:
+                return None
+            return mapping.header.copy()
+
+    def vacate(self, key: Key) -> bool:
+        """Take a sealed object out of memory unless somebody on the node has a view of it; return whether that was done."""
+        path, temporary = self._path(key), self._temporary()
+        with self._locked():
+            mapping = self._by_key.get(key)
+            if mapping is None or not self._is_idle(mapping):
+                return False
+            try:
+                with exclusive(path) as fd:
+                    if fd is None or os.fstat(fd).st_ino != mapping.inode or self._pool.pinned(mapping.header):
+                        return False
+                    mapping.header.state = RETIRED
+                    os.rename(path, temporary)
+            except FileNotFoundError:
+                return False
+            self._unbind(mapping)
+            self._mappings[mapping.inode] = mapping
+            mapping.path = temporary
+            self._retire(mapping)
+            return True
 
     def _temporary(self) -> str:
         return os.path.join(self.directory, f"{self._prefix}{next(self._counter)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import fcntl
 import os
+import re
 import threading
 import time
 import weakref
@@ -24,7 +25,7 @@ from ._mapping import RETIRED, SEALED, Export, Mapping
 from ._pool import Pool
 from ._roster import Roster
 
-__all__ = ["Keeper", "Key", "Role"]
+__all__ = ["Keeper", "Key", "Role", "key_of", "name_of"]
 
 #: mappings without a view that are kept for the next `map`
 _CACHE_LIMIT = 1024
@@ -33,6 +34,17 @@ _CACHE_LIMIT = 1024
 _PIN_TIMEOUT = 0.25
 
 Key = tuple[ObjectID, int]
+
+
+def name_of(key: Key) -> str:
+    """Return the name of a sealed object's file."""
+    return key[0].hex() if key[1] == 0 else f"{key[0].hex()}.v{key[1]}"
+
+
+def key_of(name: str) -> Key | None:
+    """Return the object whose file has that name; None for other files."""
+    match = re.fullmatch(r"([0-9a-f]{32})(?:\.v([0-9]+))?", name)
+    return None if match is None else (ObjectID.from_hex(match[1]), int(match[2] or 0))
 
 
 class Role(enum.Enum):
@@ -167,8 +179,7 @@ class Keeper:
             raise ClosedError(f"the arena {self.directory} was closed in this process")
 
     def _path(self, key: Key) -> str:
-        name = key[0].hex() if key[1] == 0 else f"{key[0].hex()}.v{key[1]}"
-        return os.path.join(self.directory, name)
+        return os.path.join(self.directory, name_of(key))
 
     def _pin(self, key: Key) -> Mapping | None:
         path = self._path(key)

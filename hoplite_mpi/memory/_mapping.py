@@ -159,6 +159,11 @@ class Header:
     def state(self, value: int) -> None:
         self._state[0] = value
 
+    @property
+    def provisional(self) -> bool:
+        """Whether other bytes may yet win the object's id."""
+        return bool(struct.unpack_from("=I", self._page, _PROVISIONAL_OFFSET)[0])
+
     def fields(self, path: str) -> HeaderFields:
         """Return a copy of the fields; HopliteError if this is no header."""
         return HeaderFields(self._page, path)
@@ -196,6 +201,10 @@ class Header:
             len(meta),
         )
         self._page[_FIXED.size : _FIXED.size + len(meta)] = meta
+
+    def copy(self) -> bytes:
+        """Return the page as it is to be written to a file of its own: without pins."""
+        return bytes(self._page[:_PINS_OFFSET]) + bytes(HEADER - _PINS_OFFSET)
 
     def set_version(self, version: int) -> None:
         struct.pack_into("=Q", self._page, _VERSION_OFFSET, version)

@@ -105,10 +105,14 @@ class Pool:
             os.unlink(mapping.path)
         self._forget(mapping)
 
-    def _vacant(self, header: Header) -> bool:
-        return header.state == RETIRED and not any(
+    def pinned(self, header: Header) -> bool:
+        """Whether another live process has a view of the file."""
+        return any(
             slot != self._roster.slot and self._roster.alive(slot, generation) for slot, generation in header.pins()
         )
+
+    def _vacant(self, header: Header) -> bool:
+        return header.state == RETIRED and not self.pinned(header)
 
     def revisit(self) -> None:
         """Look again at the files that others had pinned."""

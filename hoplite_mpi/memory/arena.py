@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -23,12 +22,12 @@ from ..errors import ClosedError, StoreFullError
 from ..ids import ObjectID
 from ..meta import Meta
 from ._allocator import Allocator
-from ._keeper import Key, Role
+from ._keeper import Role, key_of
 from ._mapping import HEADER, META_LIMIT, RETIRED, SEALED, Export, HeaderFields, Mapping, rename_new
 from ._pool import temporary_owner
 from ._roster import Roster
 from ._sweep import sweep
-from .region import ObjectInfo, Pinned, Region
+from .region import ObjectInfo, Pinned, Region, meta_of
 
 __all__ = ["Arena", "ArenaStatistics", "ObjectInfo", "Pinned", "Region", "arena_directory", "sweep"]
 
@@ -50,17 +49,6 @@ def arena_directory(run: str, root: str = "/dev/shm") -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run):
         raise ValueError(f"run id {run!r} has to be 1 to 64 letters, digits, - or _")
     return os.path.join(root, f"hoplite-{os.geteuid()}-{run}")
-
-
-def _key_of(name: str) -> Key | None:
-    match = re.fullmatch(r"([0-9a-f]{32})(?:\.v([0-9]+))?", name)
-    return None if match is None else (ObjectID.from_hex(match[1]), int(match[2] or 0))
-
-
-@functools.lru_cache(maxsize=1024)
-def _meta_of(wire: bytes) -> Meta:
-    """Return the meta of a header; many objects of a run are alike."""
-    return Meta.from_wire(msgpack.unpackb(wire))
 
 
 #: what an MPI request may write into until the process exits; the exports keep mapping and pin
@@ -220,7 +208,7 @@ class Arena(Allocator):
                     return None
             fields = mapping.header.fields(self._path(key))
             data = self._export(mapping, fields.nbytes, writable=False)
-            return Pinned(oid, version, _meta_of(fields.meta), data)
+            return Pinned(oid, version, meta_of(fields.meta), data)
 
     def delete(self, oid: ObjectID, version: int = 0) -> bool:
         """Remove an object from the node; return whether it was there. Views of it, on any process, keep its bytes."""
@@ -288,14 +276,10 @@ class Arena(Allocator):
     def objects(self) -> Iterator[ObjectInfo]:
         """Iterate over the sealed objects of the node."""
         for name in os.listdir(self.directory):
-            key = _key_of(name)
+            key = key_of(name)
             fields = None if key is None else self._read(os.path.join(self.directory, name))
             if key is not None and fields is not None and fields.state == SEALED:
-                meta = _meta_of(fields.meta)
-                digest = fields.digest if any(fields.digest) else None
-                yield ObjectInfo(
-                    key[0], key[1], meta, fields.rank, fields.incarnation, digest, bool(fields.provisional)
-                )
+                yield ObjectInfo.of_header(fields)
 
     @staticmethod
     def _read(path: str) -> HeaderFields | None:

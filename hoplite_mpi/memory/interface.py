@@ -5,15 +5,19 @@ Host memory is one implementation; device memory is another one, not another sto
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from ..ids import ObjectID
     from ..meta import Meta
     from .kernels import ReduceOp
-    from .region import Pinned, Region
+    from .region import ObjectInfo, Pinned, Region
 
 __all__ = ["Event", "Memory"]
+
+
+Made = TypeVar("Made")
 
 
 @runtime_checkable
@@ -49,8 +53,24 @@ class Memory(Protocol):
         """Return writable memory for this process only; StoreFullError if there is none."""
         ...
 
+    def with_room(self, nbytes: int, work: Callable[[], Made]) -> Made:
+        """Call *work*, which allocates *nbytes* bytes, again and again while it is StoreFullError and something can make room. Blocks."""
+        ...
+
     def map(self, oid: ObjectID, version: int = 0) -> Pinned | None:
-        """Return a view of a sealed object of this node, without copying; None if there is none."""
+        """Return a view of a sealed object of this node, without copying; None if there is none in memory."""
+        ...
+
+    def spilled(self, oid: ObjectID, version: int = 0) -> bool:
+        """Whether the object is on this node's disk, and `fetch` would find it."""
+        ...
+
+    def fetch(self, oid: ObjectID, version: int = 0) -> Pinned | None:
+        """Return a view as `map` does, if need be of what is read from disk first. Blocks. StoreFullError if there is no room."""
+        ...
+
+    def objects(self) -> Iterator[ObjectInfo]:
+        """Iterate over the sealed objects of this node, in memory and on disk."""
         ...
 
     def delete(self, oid: ObjectID, version: int = 0) -> bool:

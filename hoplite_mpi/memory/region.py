@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgpack
 import numpy as np
 
 from ..errors import ClosedError
@@ -11,12 +13,18 @@ from ..ids import ObjectID
 from ..meta import Meta
 
 if TYPE_CHECKING:
-    from ._mapping import Mapping
+    from ._mapping import HeaderFields, Mapping
     from .arena import Arena
 
-__all__ = ["ObjectInfo", "Pinned", "Region"]
+__all__ = ["ObjectInfo", "Pinned", "Region", "meta_of"]
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@functools.lru_cache(maxsize=1024)
+def meta_of(wire: bytes) -> Meta:
+    """Return the meta of a header; many objects of a run are alike."""
+    return Meta.from_wire(msgpack.unpackb(wire))
 
 
 class ObjectInfo(NamedTuple):
@@ -32,6 +40,13 @@ class ObjectInfo(NamedTuple):
     digest: bytes | None
     #: nobody has said that the id stands for these bytes
     provisional: bool
+
+    @classmethod
+    def of_header(cls, fields: HeaderFields) -> ObjectInfo:
+        """Return what the header of its file says."""
+        digest = fields.digest if any(fields.digest) else None
+        meta, provisional = meta_of(fields.meta), bool(fields.provisional)
+        return cls(fields.oid, fields.version, meta, fields.rank, fields.incarnation, digest, provisional)
 
 
 class Pinned:
