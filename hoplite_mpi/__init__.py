@@ -32,7 +32,20 @@ from hoplite_mpi.errors import (
     StoreFullError,
 )
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, sweep, unlink_own_segments
+from hoplite_mpi.memory import (
+    BAND,
+    BOR,
+    BXOR,
+    MAX,
+    MEAN,
+    MIN,
+    PROD,
+    SUM,
+    ReduceOp,
+    sweep,
+    sweep_spilled,
+    unlink_own_segments,
+)
 from hoplite_mpi.messaging import Mailbox
 from hoplite_mpi.transport import guard
 
@@ -94,7 +107,7 @@ def init(comm: Any = None, *, memory_limit: int | None = None, config: Config | 
     mode = find_mode(one_by_one=place.comm is None)
     if place.rank == 0 and place.incarnation == 0:
         print(f"hoplite_mpi: {mode}", file=sys.stderr, flush=True)
-    cleanup()
+    cleanup(settings)
     runtime = Runtime(place, settings)
     store = ObjectStore(runtime, mode)
     runtime.start()
@@ -102,9 +115,12 @@ def init(comm: Any = None, *, memory_limit: int | None = None, config: Config | 
     return store
 
 
-def cleanup() -> list[str]:
-    """Remove what dead runs of this user left in this node's shared memory; return the names. Live runs are safe."""
-    removed = sweep()
+def cleanup(config: Config | None = None) -> list[str]:
+    """Remove what dead runs of this user left in this node's shared memory, and where they spilled to; return the names.
+
+    Live runs are safe. config: says where runs spill to (default: the environment's).
+    """
+    removed = sweep() + sweep_spilled((config or Config.from_environment()).spill_directory)
     if removed:
         logging.getLogger("hoplite_mpi").info("removed what dead runs left: %s", ", ".join(removed))
     return removed

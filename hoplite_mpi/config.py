@@ -41,6 +41,9 @@ class Config:
     window: int = 8
     #: bytes of shared memory that this rank may hold; None: as much as /dev/shm has
     memory_limit: int | None = None
+    #: where objects that nobody uses go when memory is short: a directory, preferably on a disk of the node; "": the
+    #: first of TMPDIR (or /tmp) and /var/tmp that is no memory itself; None: nowhere, it is StoreFullError then
+    spill_directory: str | None = ""
     #: bytes of freed arena files kept mapped for the next objects
     recycle_limit: int = 1 << 30
     #: an allreduce or reduce_scatter of this many bytes or more is split into one stripe for each rank
@@ -59,6 +62,8 @@ class Config:
     #: seconds between the polls of a blocked engine (safety net beside the doorbell)
     idle_poll: float = 0.25
 
+    #: whoever needs memory waits this long for leave to drop a copy that another node has, too
+    evict_patience: float = 0.25
     #: a transfer without progress for this long is routed around
     stall_timeout: float = 1.0
     #: silence on the side channel for this long, after the kernel's keepalive, proves a dead host

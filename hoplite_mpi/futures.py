@@ -55,10 +55,11 @@ class Future(concurrent.futures.Future):
     `cancel` gives up waiting; the object itself is not touched.
     """
 
-    def __init__(self, engine: Engine, what: str, on_cancel: Callable[[], None] | None = None) -> None:
+    def __init__(self, engine: Engine, what: str, on_cancel: Callable[[Future], None] | None = None) -> None:
         super().__init__()
         self._engine = engine
         self._what = what
+        #: told this future; one that knew it already would keep it, and with it the object, until a garbage collection
         self._on_cancel = on_cancel
 
     def result(self, timeout: Any = DEFAULT) -> Any:
@@ -86,7 +87,7 @@ class Future(concurrent.futures.Future):
         """Give up waiting; return whether it was not too late for that."""
         cancelled = super().cancel()
         if cancelled and self._on_cancel is not None:
-            self._on_cancel()
+            self._on_cancel(self)
         return cancelled
 
     def __await__(self) -> Generator[Any, None, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,17 +39,29 @@ class Copy:
     oid: ObjectID
     version: int
     meta: Meta
-    stream: Stream
+    #: the bytes while they grow; None once all are there
+    stream: Stream | None = None
     #: where it is being received; None once it is sealed
     region: Region | None = None
-    #: the sealed bytes
-    pinned: Pinned | None = None
+    #: the bytes of a complete copy, while somebody pulls them: nothing else of this class pins them, so they may go to disk
+    opened: Callable[[], Stream | None] = lambda: None
+    #: what has just been read back, until who asked for it comes for it
+    held: Stream | None = None
     #: attempt → transfer under way
     incoming: dict[int, Incoming] = field(default_factory=dict)
     #: new memory is being got for it: until then it may not be received into
     reserving: bool = False
     #: the transfer to be started then
     waiting: ev.StartTransfer | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are there: in the arena, or on this node's disk."""
+        return self.stream is None
+
+    def let_go(self) -> None:
+        """Nobody came for it."""
+        self.held = None
 
     @property
     def empty(self) -> bool:
@@ -90,6 +103,10 @@ class Objects:
         #: told when there is no room to receive an object
         self._out_of_memory = out_of_memory
         self._copies: dict[ObjectID, Copy] = {}
+        #: copies that are being read back from disk → who waits for that
+        self._restoring: dict[Copy, list[Callable[[Stream | HopliteError | None], None]]] = {}
+        #: attempts to map what is on disk
+        self._mapping: dict[ObjectID, int] = {}
         #: newest version of each object that was dropped here: its streams are refused
         self._dropped: dict[ObjectID, int] = {}
         self.ready: dict[ObjectID, Ready] = {}
@@ -103,38 +120,97 @@ class Objects:
         oid = ObjectID(raw)
         copy = self._copies.get(oid)
         if copy is not None and copy.version == version:
-            return None if copy.empty else copy.stream
+            return None if copy.empty else self._open(copy)
         if (copy is not None and copy.version > version) or self._dropped.get(oid, -1) >= version:
             return REFUSE
         return None
 
-    def stored(self, oid: ObjectID, meta: Meta, pinned: Pinned, version: int = 0) -> None:
-        """Take a sealed object of the arena as a complete copy."""
+    def stored(self, oid: ObjectID, meta: Meta, version: int = 0) -> None:
+        """Take a sealed object of this node as a complete copy."""
         self._drop_other(oid, version)
-        stream = Stream(self._engine, object_key(oid, version), pinned.buffer, meta.nbytes, keep=pinned)
-        self._copies[oid] = Copy(oid, version, meta, stream, pinned=pinned)
+        self._copies[oid] = Copy(oid, version, meta)
         self._transfers.appeared.fire()
 
-    def pinned(self, oid: ObjectID) -> Pinned | None:
-        """Return the pin of a complete copy."""
+    def has(self, oid: ObjectID) -> bool:
+        """Whether a copy is here, complete or not."""
         copy = self._copies.get(oid)
-        return None if copy is None else copy.pinned
+        return copy is not None and not copy.empty
 
-    def stream(self, oid: ObjectID) -> Stream | None:
-        """Return the stream of the copy that is here."""
+    def fetch(self, oid: ObjectID, then: Callable[[Stream | HopliteError | None], None]) -> None:
+        """Call *then* with the stream of the copy that is here, now or when it has been read back from disk; None: there is none."""
         copy = self._copies.get(oid)
-        return None if copy is None or copy.empty else copy.stream
+        if copy is None or copy.empty:
+            then(None)
+        elif (stream := self._open(copy, then)) is not None:
+            then(stream)
 
     def publish(self, oid: ObjectID, version: int, meta: Meta, stream: Stream) -> None:
-        """Offer the growing output of a reduce's root as a partial copy."""
+        """Offer bytes that are being written here, by the root of a reduce or by a put, as a partial copy."""
         self._drop_other(oid, version)
         self._copies[oid] = Copy(oid, version, meta, stream)
         self._transfers.appeared.fire()
 
-    def root_done(self, oid: ObjectID, version: int, region: Region) -> bool:
-        """Seal the output of a reduce's root; return whether it is a complete copy now, and not deleted meanwhile."""
+    def written(self, oid: ObjectID, version: int, region: Region) -> bool:
+        """Seal what was published; return whether it is a complete copy now, and not deleted meanwhile."""
         copy = self._copies.get(oid)
         return copy is not None and copy.version == version and self._sealed(copy, region)
+
+    # -- complete copies -----------------------------------------------------------------------------------------------------
+
+    def _open(self, copy: Copy, then: Callable[[Stream | HopliteError | None], None] | None = None) -> Stream | None:
+        """Return the stream of a copy; None if it is on disk: it is being read back then, and *then* told."""
+        if copy.stream is not None:
+            return copy.stream
+        stream, copy.held = copy.opened(), None
+        if stream is None:
+            pinned = self._memory.map(copy.oid, copy.version)
+            if pinned is None:
+                self._restore(copy, then)
+                return None
+            stream = self._stream_of(copy, pinned)
+        return stream
+
+    def _stream_of(self, copy: Copy, pinned: Pinned) -> Stream:
+        key = object_key(copy.oid, copy.version)
+        stream = Stream(self._engine, key, pinned.buffer, copy.meta.nbytes, keep=pinned)
+        copy.opened = weakref.ref(stream)
+        return stream
+
+    def _restore(self, copy: Copy, then: Callable[[Stream | HopliteError | None], None] | None) -> None:
+        waiting = self._restoring.get(copy)
+        if waiting is None:
+            waiting = self._restoring[copy] = []
+            self._reserver.later(
+                lambda: self._memory.fetch(copy.oid, copy.version), lambda found: self._restored(copy, found)
+            )
+        if then is not None:
+            waiting.append(then)
+
+    def _restored(self, copy: Copy, found: Pinned | HopliteError | None) -> None:
+        waiting, stream = self._restoring.pop(copy), None
+        current = self._copies.get(copy.oid)
+        if current is not copy:
+            if isinstance(found, Pinned) and (current is None or current.version != copy.version):
+                self._memory.delete(copy.oid, copy.version)  # it was dropped while it was being read
+        elif isinstance(found, Pinned):
+            stream = self._stream_of(copy, found)
+            if not waiting:  # a peer pulls it
+                copy.held = stream
+                self._engine.after(2 * self._engine.config.stall_timeout, copy.let_go)
+                self._transfers.appeared.fire()
+        elif found is None:
+            log.error("%s is neither in memory nor on disk any more", copy.oid)
+            self._lost(copy)
+        for then in waiting:
+            then(found if isinstance(found, HopliteError) else stream)
+
+    def _lost(self, copy: Copy) -> None:
+        """The bytes of a complete copy are gone, through no fault of the protocol's."""
+        ready = self.ready.get(copy.oid)
+        if ready is not None and ready.version == copy.version:
+            del self.ready[copy.oid]
+        self._forget(copy)
+        self._handle(ev.ForgetObject(copy.oid))
 
     # -- instructions --------------------------------------------------------------------------------------------------------
 
@@ -155,7 +231,9 @@ class Objects:
     def _reserve(self, copy: Copy, failed: ev.StartTransfer | None = None) -> None:
         """Get memory for a copy; *failed*: in place of what it has, since MPI may still write there for that transfer."""
         copy.reserving = True
-        old, valid = copy.region, copy.stream.data[: copy.stream.progress]
+        stream = copy.stream
+        assert stream is not None
+        old, valid = copy.region, stream.data[: stream.progress]
 
         def work() -> Region:
             region = self._memory.allocate(copy.oid, copy.meta, copy.version)
@@ -175,8 +253,8 @@ class Objects:
             else:
                 if old is not None:
                     old.abandon()  # its memory is free when the last receive into it has ended
-                copy.region = copy.stream.keep = region
-                copy.stream.data = memoryview(region.data)
+                copy.region = stream.keep = region
+                stream.data = memoryview(region.data)
                 self._transfers.appeared.fire()
             if failed is not None:
                 self._handle(ev.TransferFailed(failed.oid, failed.version, failed.attempt))
@@ -188,20 +266,23 @@ class Objects:
         self._reserver.get(copy.meta.nbytes, work, then)
 
     def _pull(self, copy: Copy, what: ev.StartTransfer) -> None:
+        stream = copy.stream
+        assert stream is not None
+
         def buffer_of(start: int, stop: int) -> memoryview:
-            return copy.stream.data[start:stop]
+            return stream.data[start:stop]
 
         def ended(reason: str | None, tainted: bool) -> None:
             self._transfer_ended(copy, what, reason, tainted)
 
         copy.incoming[what.attempt] = self._transfers.pull(
             self._fabric.link((what.sender, what.sender_incarnation)),
-            copy.stream.key,
-            copy.stream.progress,
+            stream.key,
+            stream.progress,
             copy.meta.nbytes,
             self._transfers.chunk_size,
             buffer_of,
-            copy.stream.advance,
+            stream.advance,
             ended,
         )
 
@@ -231,18 +312,35 @@ class Objects:
         pinned = self._memory.map(copy.oid, copy.version)
         if pinned is None or not (fresh or equal(pinned.buffer, region.data)):
             return False
-        copy.region, copy.pinned, copy.stream.keep = None, pinned, pinned
+        if copy.stream is not None:
+            copy.stream.keep = pinned
+            copy.opened = weakref.ref(copy.stream)
+        copy.region = copy.stream = None
         return True
 
     def map_local(self, what: ev.MapLocal) -> None:
+        def mapped(found: Pinned | HopliteError | None) -> None:
+            if self._mapping.get(what.oid) != what.attempt:
+                return  # aborted
+            del self._mapping[what.oid]
+            if isinstance(found, Pinned):
+                self.stored(what.oid, what.meta, what.version)
+                self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
+            elif found is None:
+                self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+            else:
+                self._out_of_memory(what.oid, found)
+
+        self._mapping[what.oid] = what.attempt
         pinned = self._memory.map(what.oid, what.version)
-        if pinned is None:
-            self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
-            return
-        self.stored(what.oid, what.meta, pinned, what.version)
-        self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
+        if pinned is None and self._memory.spilled(what.oid, what.version):
+            self._reserver.later(lambda: self._memory.fetch(what.oid, what.version), mapped)
+        else:
+            mapped(pinned)
 
     def abort_transfer(self, what: ev.AbortTransfer) -> None:
+        if self._mapping.get(what.oid) == what.attempt:
+            del self._mapping[what.oid]
         copy = self._copies.get(what.oid)
         if copy is None:
             return
@@ -257,13 +355,18 @@ class Objects:
         self.ready[what.oid] = ready
         return ready
 
-    def value(self, oid: ObjectID, ready: Ready) -> Any:
-        """Return what `get` returns: a read-only array or memoryview; zero copy, and pinned as long as it lives."""
+    def value(self, oid: ObjectID, ready: Ready, then: Callable[[Any], None]) -> None:
+        """Call *then* with what `get` returns: a read-only array or memoryview; zero copy, and pinned as long as it lives.
+
+        Or with a HopliteError; or with None if the bytes are gone, and somebody else is to be asked for them. At once, unless they have
+        to be read from disk.
+        """
         if ready.inline is not None:
-            return ready.meta.view(ready.inline)
+            then(ready.meta.view(ready.inline))
+            return
         copy = self._copies[oid]
-        assert copy.pinned is not None, f"{oid} was delivered before it was complete"
-        return copy.pinned.buffer if ready.meta.dtype is None else copy.pinned.array()
+        assert copy.complete, f"{oid} was delivered before it was complete"
+        self.fetch(oid, lambda found: then(found.keep.value() if isinstance(found, Stream) else found))
 
     def drop(self, oid: ObjectID, version: int) -> None:
         ready = self.ready.get(oid)
@@ -272,7 +375,7 @@ class Objects:
         self._dropped[oid] = max(version, self._dropped.get(oid, -1))
         copy = self._copies.get(oid)
         if copy is not None and copy.version <= version:
-            if copy.pinned is not None:  # else what the node has is another rank's
+            if copy.complete:  # else what the node has is another rank's
                 self._memory.delete(oid, copy.version)
             self._forget(copy)
 
@@ -290,11 +393,12 @@ class Objects:
 
     def _forget(self, copy: Copy) -> None:
         self._copies.pop(copy.oid, None)
-        copy.stream.fail()
+        stream = copy.stream or copy.opened()
+        if stream is not None:
+            stream.fail()
         for incoming in list(copy.incoming.values()):
             self._transfers.stop(incoming)
         # receives that are posted until the transfers are drained hold views of it, so it is not used again before
         if copy.region is not None:
             copy.region.abandon()
             copy.region = None
-        copy.pinned = None

@@ -14,7 +14,8 @@ from mpi4py import MPI
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import Arena, HostMemory, Memory, reduce_bytes
+from hoplite_mpi.making_room import RoomMaker
+from hoplite_mpi.memory import Arena, HostMemory, Memory, Spill, reduce_bytes, spill_directory
 from hoplite_mpi.objects import Objects, Ready
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import membership_messages as ms
@@ -86,9 +87,13 @@ class Runtime:
         )
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
-        self.reserver = Reserver(self.engine)
+        directory = spill_directory(self.arena.directory, config.spill_directory)
+        #: where objects go when memory is short; None: nowhere
+        self.spill = None if directory is None else Spill(self.arena, directory)
+        self.room_maker = None if self.spill is None else RoomMaker(self, self.spill)
         #: what objects live in; another kind of memory is another one of these
-        self.memory: Memory = HostMemory(self.arena)
+        self.memory: Memory = HostMemory(self.arena, self.spill)
+        self.reserver = Reserver(self.engine, self.memory)
         parts = (self.engine, self.fabric, self.transfers, self.memory, self.reserver)
         self.objects = Objects(*parts, self.handle, self._no_memory)
         self.slots = Slots(*parts, self.objects, self.handle, self.me)
@@ -167,6 +172,8 @@ class Runtime:
         finally:
             self.engine.stop()
             self.arena.close()
+            if self.spill is not None:
+                self.spill.close()
 
     @property
     def ended_cleanly(self) -> bool:
@@ -276,6 +283,9 @@ class Runtime:
             case ev.Stored():
                 self.arena.confirm(what.oid)
                 self.on_answer(what)
+            case ev.Evicted():
+                if self.room_maker is not None:
+                    self.room_maker.answer(what)
             case _:
                 self.on_answer(what)
 
@@ -441,18 +451,16 @@ class Runtime:
         mates = [m.rank for m in view.members.values() if m.node == self.place.node]
         if self.place.rank != min(mates):
             return
-        for found in self.arena.objects():
-            if view.has(found.rank, found.incarnation) or self.objects.stream(found.oid) is not None:
+        for found in self.memory.objects():
+            if view.has(found.rank, found.incarnation) or self.objects.has(found.oid):
                 continue
             if found.version:
                 continue  # whether a reduced object is final is not known from its bytes
             if found.provisional:  # its put has not returned, and other bytes may have won its id
-                self.arena.delete(found.oid)
+                self.memory.delete(found.oid)
                 continue
-            pinned = self.arena.map(found.oid)
-            if pinned is not None:
-                self.objects.stored(found.oid, pinned.meta, pinned)
-                self.handle(ev.AdoptObject(found.oid, pinned.meta, found.digest))
+            self.objects.stored(found.oid, found.meta)
+            self.handle(ev.AdoptObject(found.oid, found.meta, found.digest))
 
     def ready(self, oid: ObjectID) -> Ready | None:
         """Return the object if it can be had here at once. Any thread."""

@@ -161,16 +161,35 @@ class Slots:
             self._reserved(starting, None, flow)
 
     def _reserved(self, starting: _Starting, region: Region | HopliteError | None, flow: np.dtype[Any]) -> None:
-        what, name = starting.what, (starting.what.rid, starting.what.slot)
-        source = self._objects.stream(what.source)
+        if isinstance(region, HopliteError):
+            if self._begun(starting):
+                self._fail(starting.what, "reduce", str(region))
+            return
+        # it may have to be read from disk first
+        self._objects.fetch(starting.what.source, lambda source: self._source_is_here(starting, source, region, flow))
+
+    def _begun(self, starting: _Starting) -> bool:
+        """Take a slot out of those that are starting; return whether it was still to be started."""
+        name = (starting.what.rid, starting.what.slot)
         current = self._starting.get(name) is starting
         if current:
             del self._starting[name]
-        if not current or source is None or isinstance(region, HopliteError):
-            if isinstance(region, Region):
+        return current
+
+    def _source_is_here(
+        self,
+        starting: _Starting,
+        source: Stream | HopliteError | None,
+        region: Region | None,
+        flow: np.dtype[Any],
+    ) -> None:
+        what, name = starting.what, (starting.what.rid, starting.what.slot)
+        current = self._begun(starting)
+        if not current or not isinstance(source, Stream):
+            if region is not None:
                 region.abandon()
-            if isinstance(region, HopliteError) and current:
-                self._fail(what, "reduce", str(region))
+            if current and isinstance(source, HopliteError):
+                self._fail(what, "reduce", str(source))
             elif current:
                 self._handle(ev.ForgetObject(what.source))
                 self._fail(what, "source", f"{what.source} is not on this rank")
@@ -349,7 +368,7 @@ class Slots:
             self._handle(ev.SlotFailed(what.rid, what.slot, what.generation, "reduce", str(error)))
         elif what.is_root:
             assert slot.region is not None
-            if self._objects.root_done(what.rid, what.generation, slot.region):
+            if self._objects.written(what.rid, what.generation, slot.region):
                 slot.region = None
                 self._handle(ev.SlotDone(what.rid, what.slot, what.generation))
             else:

@@ -26,3 +26,10 @@ class Statistics:
     #: transfers that were given up because their sender lived but sent nothing
     stalled: int
     peers_lost: int
+    #: copies dropped to make room, since another node has one
+    evicted: int
+    #: objects written to this node's disk to make room, and read back when they were asked for
+    spilled: int
+    spilled_bytes: int
+    restored: int
+    restored_bytes: int

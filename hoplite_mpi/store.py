@@ -8,38 +8,31 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from hoplite_mpi import ending
 from hoplite_mpi.collectives import Collectives, Rounds
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
     ClosedError,
     GetTimeoutError,
-    ObjectDeletedError,
-    ObjectExistsError,
-    ObjectLostError,
     ReduceError,
 )
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
-from hoplite_mpi.memory import SUM, Pinned, ReduceOp, as_op
+from hoplite_mpi.memory import SUM, ReduceOp, SpillStatistics, as_op
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.objects import Ready
 from hoplite_mpi.protocol import cost
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol.links import ReduceExplanation, explain
 from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.putting import Putter
 from hoplite_mpi.runtime import Runtime
 from hoplite_mpi.statistics import Statistics
 from hoplite_mpi.transport.modes import FaultMode
-from hoplite_mpi.values import as_bytes, equal
+from hoplite_mpi.values import as_bytes
 from hoplite_mpi.waiting import Waiting
 
 __all__ = ["ObjectStore", "Statistics"]
-
-#: how often a put begins again because somebody took away what was sealed under its id
-_SEAL_ATTEMPTS = 20
 
 
 class ObjectStore(Collectives):
@@ -52,6 +45,7 @@ class ObjectStore(Collectives):
         #: what this store can survive, and why
         self.fault_mode = mode
         self._waiting = Waiting(runtime)
+        self._putter = Putter(runtime, self._waiting, self._locked)
         self._serial = itertools.count(1)
         self._calls = {}
         #: the collective calls of this rank
@@ -98,79 +92,17 @@ class ObjectStore(Collectives):
         oid = ObjectID.random(self._runtime.me) if object_id is None else _checked(object_id)
         meta, source = as_bytes(array)
         digest = bytes(oid) if object_id is None else hashlib.blake2b(source, digest_size=16).digest()
-        self._put(oid, meta, digest, source, confirm=object_id is not None)
+        self._putter.put(oid, meta, digest, source, confirm=object_id is not None)
         return oid
 
     def put_bytes(self, oid: ObjectID, meta: Meta, data: Any) -> None:
         """Store an object given by its meta and its bytes under an id that nobody else uses. Errors as `put`."""
         self._runtime.check()
-        self._put(oid, meta, bytes(oid), memoryview(data), confirm=False)
+        self._putter.put(oid, meta, bytes(oid), memoryview(data), confirm=False)
 
     def adopt(self, oid: ObjectID) -> Meta:
         """Announce an object that another process of this node (a worker) has sealed in the arena under a fresh id; return its meta."""
-        pinned = self._runtime.memory.map(oid)
-        if pinned is None:
-            raise ObjectLostError(f"{oid} is not in this node's arena")
-        self._store(oid, pinned.meta, bytes(oid), None, pinned, confirm=False)
-        return pinned.meta
-
-    def _put(self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool) -> None:
-        if meta.nbytes <= self._config.inline_limit:
-            self._store(oid, meta, digest, bytes(source), None, confirm)
-        else:
-            pinned, fresh = self._seal(oid, meta, source, digest, confirm)
-            self._store(oid, meta, digest, None, pinned, confirm, fresh)
-
-    def _seal(
-        self, oid: ObjectID, meta: Meta, source: memoryview, digest: bytes, provisional: bool
-    ) -> tuple[Pinned, bool]:
-        """Return the sealed bytes, and whether it was this call that sealed them."""
-        memory = self._runtime.memory
-        for _ in range(_SEAL_ATTEMPTS):
-            known, fresh = memory.map(oid), False
-            if known is None:
-                region = memory.allocate(oid, meta, 0, digest, provisional)
-                try:
-                    memory.copy(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)).wait()
-                    fresh = region.seal()
-                except BaseException:
-                    region.abandon()
-                    raise
-                known = memory.map(oid)
-            if known is not None:
-                break
-            # another rank of this node put under the same id at the same time, was refused, and took its bytes away
-        else:
-            raise ObjectDeletedError(f"{oid} was deleted again and again while it was being put")
-        if not fresh and not (known.meta == meta and equal(known.buffer, source)):
-            raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
-        return known, fresh
-
-    def _store(
-        self,
-        oid: ObjectID,
-        meta: Meta,
-        digest: bytes,
-        inline: bytes | None,
-        pinned: Pinned | None,
-        confirm: bool,
-        fresh: bool = False,
-    ) -> None:
-        """Announce an object and wait until the owner has taken it. fresh: its bytes were sealed for this alone."""
-        future = Future(self._engine, f"put of {oid}")
-        runtime = self._runtime
-
-        def begin() -> None:
-            self._waiting.putters.setdefault(oid, []).append(future)
-            taken = runtime.protocol.client.takes(oid)
-            if taken and pinned is not None:
-                runtime.objects.stored(oid, meta, pinned)
-            runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
-            if fresh and not taken:  # something else is known here under that id
-                runtime.memory.delete(oid)
-
-        self._locked(begin)
-        future.result()
+        return self._putter.adopt(oid)
 
     def _locked(self, function: Callable[[], Any]) -> Any:
         """Call *function* under the engine's lock, unless the store is closed: nobody would end what it waits for."""
@@ -228,12 +160,11 @@ class ObjectStore(Collectives):
     def get_async(self, object_id: ObjectID) -> Future:
         """Return a future of what `get` returns."""
         oid = _checked(object_id)
-        future = Future(self._engine, f"get of {oid}", on_cancel=lambda: self._abandon(oid, future))
+        future = Future(self._engine, f"get of {oid}", on_cancel=lambda future: self._abandon(oid, future))
 
         def begin() -> None:
-            ready = self._runtime.ready(oid)
-            if ready is not None:
-                self._waiting.resolve([future], self._runtime.objects.value(oid, ready))
+            if self._runtime.ready(oid) is not None:
+                self._waiting.give(oid, [future])
                 return
             self._waiting.getters.setdefault(oid, []).append(future)
             self._runtime.handle(ev.GetRequested(oid))
@@ -284,7 +215,7 @@ class ObjectStore(Collectives):
 
     def watch(self, oid: ObjectID) -> Future:
         """Return a future that ends when the object exists; see `wait`."""
-        future = Future(self._engine, f"wait for {oid}", on_cancel=lambda: self._unwatch(oid, future))
+        future = Future(self._engine, f"wait for {oid}", on_cancel=lambda future: self._unwatch(oid, future))
 
         def begin() -> None:
             self._waiting.watchers.setdefault(oid, []).append(future)
@@ -401,6 +332,7 @@ class ObjectStore(Collectives):
     def statistics(self) -> Statistics:
         """Return counters of this rank."""
         runtime = self._runtime
+        disk = SpillStatistics() if runtime.spill is None else runtime.spill.statistics()
         return Statistics(
             rank=self.rank,
             view=0 if runtime.view is None else runtime.view.number,
@@ -414,6 +346,11 @@ class ObjectStore(Collectives):
             transfers=runtime.transfers.started,
             stalled=runtime.transfers.stalled,
             peers_lost=runtime.peers_lost,
+            evicted=0 if runtime.room_maker is None else runtime.room_maker.evicted,
+            spilled=disk.spilled,
+            spilled_bytes=disk.spilled_bytes,
+            restored=disk.restored,
+            restored_bytes=disk.restored_bytes,
         )
 
     def close(self) -> None:

@@ -46,6 +46,20 @@ class Waiting:
         for future in futures:
             self._runtime.engine.outside(lambda future=future: _resolve(future, value))  # type: ignore[misc]
 
+    def give(self, oid: ObjectID, futures: list[Future]) -> None:
+        """Give an object that is here to all who have not given up; it may have to be read from disk first."""
+
+        def given(value: Any) -> None:
+            if value is None:  # it was there, but its bytes are lost: others may have it
+                self.getters.setdefault(oid, []).extend(futures)
+                self._runtime.handle(ev.GetRequested(oid))
+            elif isinstance(value, HopliteError):
+                self._fail(futures, value)
+            else:
+                self.resolve(futures, value)
+
+        self._runtime.objects.value(oid, self._runtime.objects.ready[oid], given)
+
     def fail_all(self, error: HopliteError) -> None:
         """End all waits: the store is closed."""
         for table in (self.getters, self.watchers, self.putters):
@@ -69,9 +83,8 @@ class Waiting:
             case ev.Stored():
                 self.resolve(self.putters.pop(what.oid, ()), None)
             case ev.Deliver():
-                ready = self._runtime.objects.ready[what.oid]
                 for future in self.getters.pop(what.oid, ()):
-                    self.resolve([future], self._runtime.objects.value(what.oid, ready))
+                    self.give(what.oid, [future])
             case ev.Available():
                 self.resolve(self.watchers.pop(what.oid, ()), what.sources)
             case ev.Locations():

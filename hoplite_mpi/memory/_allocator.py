@@ -143,9 +143,10 @@ class Allocator(Keeper):
         found = {key for name in os.listdir(self.directory) if (key := key_of(name)) is not None}
         return keys + sorted(found - set(keys) - used)
 
-    @staticmethod
-    def _is_idle(mapping: Mapping) -> bool:
-        return not mapping.exports and mapping.header.state == SEALED and not mapping.header.provisional
+    def _is_idle(self, mapping: Mapping) -> bool:
+        header = mapping.header
+        sealed = header.state == SEALED and not header.provisional
+        return sealed and not mapping.exports and not self._pool.pinned(header)
 
     def header(self, key: Key) -> bytes | None:
         """Return the header page of a sealed object for a copy elsewhere; None if it is gone, or its id not confirmed."""
@@ -160,11 +161,11 @@ class Allocator(Keeper):
         path, temporary = self._path(key), self._temporary()
         with self._locked():
             mapping = self._by_key.get(key)
-            if mapping is None or not self._is_idle(mapping):
+            if mapping is None:
                 return False
             try:
                 with exclusive(path) as fd:
-                    if fd is None or os.fstat(fd).st_ino != mapping.inode or self._pool.pinned(mapping.header):
+                    if fd is None or os.fstat(fd).st_ino != mapping.inode or not self._is_idle(mapping):
                         return False
                     mapping.header.state = RETIRED
                     os.rename(path, temporary)

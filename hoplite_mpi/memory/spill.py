@@ -7,6 +7,7 @@ is durable: a spill directory ends with its run.
 from __future__ import annotations
 
 import fcntl
+import gc
 import itertools
 import logging
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from ..errors import StoreFullError
 from ..ids import ObjectID
+from ..testing import fault
 from ._keeper import Key, key_of, name_of
 from ._mapping import HEADER, HeaderFields
 from .arena import Arena
@@ -133,6 +135,12 @@ class Spill:
         The object that was used longest ago, of this process's own; of the whole node's where it is the node that is short of memory.
         StoreFullError if the disk is full, too.
         """
+        if self._move_one(nbytes):
+            return True
+        gc.collect()  # views that lie in reference cycles, a caught exception's for one, keep what they show in use
+        return self._move_one(nbytes)
+
+    def _move_one(self, nbytes: int) -> bool:
         return any(self.give_up(key) or self._spill(key) for key in self._arena.idle(nbytes))
 
     def _spill(self, key: Key) -> bool:
@@ -152,8 +160,10 @@ class Spill:
                     "delete objects, or set Config.spill_directory to a larger disk"
                 ) from error
         del pinned
+        fault.point("spill.renamed")
         if not self._arena.vacate(key):
             return False  # somebody has begun to use it; what was written stays for the next time
+        fault.point("spill.vacated")
         self._counts[0] += 1
         self._counts[1] += size
         _log.info("%s (%d bytes) was spilled to %s", key[0], size, self.directory)
@@ -173,6 +183,7 @@ class Spill:
                     crc = zlib.crc32(piece, crc)
                     _write_all(file.fileno(), piece)
                 _write_all(file.fileno(), memoryview(_CRC.pack(crc)))
+            fault.point("spill.written")
             os.rename(path, self._path(key))
         except BaseException:
             with suppress(FileNotFoundError):

@@ -50,8 +50,13 @@ class Client:
     def takes(self, oid: ObjectID) -> bool:
         """Whether bytes that are put under that id now would become this rank's copy."""
         copy = self._copies.get(oid)
-        free = copy is None or (copy.version == 0 and not copy.complete)
+        free = copy is None or (copy.version == 0 and not copy.complete and not copy.producing)
         return free and oid not in self._tombstones and oid not in self._specs
+
+    def writes(self, oid: ObjectID) -> bool:
+        """Whether a put that has started is still going to become this rank's copy."""
+        copy = self._copies.get(oid)
+        return copy is not None and copy.producing and copy.version == 0
 
     def root_started(self, rid: ObjectID, version: int, meta: Meta) -> None:
         """A reduce's root begins to write (rid, version) here."""
@@ -79,8 +84,21 @@ class Client:
                 self._stored(event)
             case ev.AdoptObject():
                 self._adopt(event)
+            case ev.PutStarted():
+                self._put_started(event)
+            case ev.PutFailed(oid):
+                self._put_failed(oid)
             case ev.ForgetObject(oid):
                 self._forget(oid)
+            case ev.EvictRequested(oid, version):
+                if self._has(oid, version):
+                    self._to_owner(oid, ms.Evict(self._port.number, oid, version))
+                else:
+                    self._port.emit(ev.Evicted(oid, version, False))
+            case ev.ObjectSpilled(oid, version, spilled):
+                if self._has(oid, version):
+                    self._copies[oid].spilled = spilled
+                    self._to_owner(oid, ms.Spilled(self._port.number, oid, version, spilled))
             case ev.GetRequested(oid):
                 self._get(oid)
             case ev.GetAbandoned(oid):
@@ -126,7 +144,8 @@ class Client:
             return
         if copy is not None and copy.sender is not None:
             self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
-        confirmed = not event.confirm
+        started = copy is not None and copy.producing and copy.same(event.digest)
+        confirmed = not event.confirm or (started and copy is not None and copy.confirmed)
         self._copies[oid] = Copy(
             0, event.meta, event.digest, True, True, event.inline, origin=True, confirmed=confirmed
         )
@@ -134,6 +153,30 @@ class Client:
         if confirmed:
             self._port.emit(ev.Stored(oid))
             self._finish(oid)
+
+    def _put_started(self, event: ev.PutStarted) -> None:
+        oid, copy = event.oid, self._copies.get(event.oid)
+        if copy is not None and copy.sender is not None:
+            self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
+        self._copies[oid] = Copy(
+            0, event.meta, event.digest, False, True, origin=True, confirmed=not event.confirm, producing=True
+        )
+        self._announce(oid)
+        if not event.confirm:
+            self._port.emit(ev.Stored(oid))
+
+    def _put_failed(self, oid: ObjectID) -> None:
+        copy = self._copies.get(oid)
+        if copy is None or not copy.producing or copy.version != 0:
+            return
+        self._discard(oid)
+        self._to_owner(oid, ms.Forget(self._port.number, oid, 0))
+        if oid in self._wanted:
+            self._request(oid)
+
+    def _has(self, oid: ObjectID, version: int) -> bool:
+        """Whether a complete and final copy of that version is here, and accepted."""
+        return self.holds(oid) and self._copies[oid].version == version
 
     def _adopt(self, event: ev.AdoptObject) -> None:
         oid, copy = event.oid, self._copies.get(event.oid)
@@ -268,12 +311,20 @@ class Client:
                 if copy is not None and copy.origin and not copy.confirmed:
                     copy.confirmed = True
                     self._port.emit(ev.Stored(oid))
-                    self._finish(oid)
+                    if copy.complete:
+                        self._finish(oid)
             case ms.Refused(_, oid, text):
                 self._refused(oid, text)
             case ms.Retired(_, oids):
                 for oid in oids:
                     self._forget_all(oid)
+            case ms.Evicted(_, oid, version):
+                granted = self._has(oid, version)
+                if granted:
+                    self._discard(oid)
+                self._port.emit(ev.Evicted(oid, version, granted))
+            case ms.EvictRefused(_, oid, version):
+                self._port.emit(ev.Evicted(oid, version, False))
             case ms.Deleted(_, oid):
                 self._bury(oid)
             case ms.Failed(_, oid, text):
@@ -420,7 +471,16 @@ class Client:
     def _announce(self, oid: ObjectID) -> None:
         c = self._copies[oid]
         message = ms.Announce(
-            self._port.number, oid, c.version, c.meta, c.digest, c.inline, c.sources, c.origin, not c.confirmed
+            self._port.number,
+            oid,
+            c.version,
+            c.meta,
+            c.digest,
+            c.inline,
+            c.sources,
+            c.origin,
+            not c.confirmed,
+            c.producing,
         )
         self._to_owner(oid, message)
 

@@ -30,8 +30,10 @@ class Copy:
     #: the owner has accepted it, or needs not be asked; an unconfirmed copy is never delivered
     confirmed: bool = True
     sources: frozenset[ObjectID] | None = None
-    #: a reduce's root writes it here; never with a sender
+    #: a reduce's root, or a put, writes it here; never with a sender
     producing: bool = False
+    #: complete, but on disk
+    spilled: bool = False
     #: (rank, incarnation) it is being received from; always a member of the view
     sender: tuple[int, int] | None = None
     #: of the transfer under way or the last one
@@ -61,6 +63,8 @@ class Copy:
             self.sources,
             None if self.sender is None else self.sender[0],
             self.attempt,
+            self.producing,
+            self.spilled,
         )
 
 

@@ -21,6 +21,8 @@ _FOR_OWNER = (
     ms.Cancel,
     ms.Completed,
     ms.Forget,
+    ms.Evict,
+    ms.Spilled,
     ms.Watch,
     ms.Unwatch,
     ms.Delete,

@@ -149,6 +149,12 @@ class Directory:
                 if entry.version == version and entry.places.pop(src, None) is not None:
                     entry.recalled = False  # it may have been asked for inline bytes, and have had none
                     self._answers.settle(entry)
+            case ms.Evict(_, oid, version):
+                self._evict(src, oid, version)
+            case ms.Spilled(_, oid, version, spilled):
+                entry = self.entry(oid)
+                if entry.version == version and src in entry.places:
+                    entry.places[src].spilled = spilled
             case ms.Watch(_, oid, last):
                 entry = self.entry(oid)
                 entry.watchers.add(src)
@@ -198,8 +204,7 @@ class Directory:
         if message.version == 0 and (oid in self._specs or entry.error is not None):
             self._port.send(src, ms.Refused(number, oid, f"{oid!r} is the result of a reduce; put under another id"))
             return
-        known = entry.final and (entry.holder is not None or message.version > 0)
-        if known and not (
+        if (entry.bound or (entry.final and message.version > 0)) and not (
             entry.version == message.version and (entry.meta is None or entry.same(message.meta, message.digest))
         ):
             self._port.send(
@@ -212,8 +217,9 @@ class Directory:
                 self._reductions.pop(oid).cancel()
         entry.version, entry.meta, entry.final, entry.sources = message.version, message.meta, True, message.sources
         entry.digest = entry.digest or message.digest
-        entry.places[src] = Place(complete=True, origin=message.origin)
-        entry.wanted.pop(src, None)
+        entry.places[src] = Place(complete=not message.partial, producing=message.partial, origin=message.origin)
+        if not message.partial:
+            entry.wanted.pop(src, None)
         if message.inline is not None:
             self._hold_inline(entry, message.inline)
         if message.confirm:
@@ -228,6 +234,17 @@ class Directory:
         entry.is_inline, entry.inline = True, data
         if self._port.rank not in entry.places:
             self._answers.send_inline(entry, self._port.rank)
+
+    def _evict(self, src: int, oid: ObjectID, version: int) -> None:
+        """Let the copies of a node go if another node has one. A rank asks once more before it lets go: of two nodes one keeps its copy."""
+        number, entry = self._port.number, self.entry(oid)
+        nodes = {rank: member.node for rank, member in self._port.view.members.items()}
+        gone = entry.evictable(src, nodes) if entry.version == version else []
+        for rank in gone:
+            del entry.places[rank]
+            self._port.send(rank, ms.Evicted(number, oid, version))
+        if not gone:
+            self._port.send(src, ms.EvictRefused(number, oid, version))
 
     def _get(self, src: int, message: ms.Get) -> None:
         entry, attempt = self.entry(message.oid), message.attempt

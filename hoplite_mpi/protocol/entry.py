@@ -15,8 +15,10 @@ class Place:
     """A copy of the entry's version at one rank."""
 
     complete: bool = False
-    #: the root of a reduce is writing it; neither complete nor with a sender
+    #: the root of a reduce, or a put, is writing it; neither complete nor with a sender
     producing: bool = False
+    #: complete, but on its rank's disk
+    spilled: bool = False
     origin: bool = False
     #: rank that it is being received from: that rank is checked out, unless mapped
     sender: int | None = None
@@ -69,6 +71,11 @@ class Entry:
             return None
         complete = [rank for rank, place in self.places.items() if place.complete]
         return min(complete, key=lambda rank: not self.places[rank].origin, default=None)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the id stands for these bytes: there they are, or are being put."""
+        return self.final and any(place.complete or place.producing for place in self.places.values())
 
     @property
     def coming(self) -> bool:
@@ -127,6 +134,17 @@ class Entry:
             return None
         return min(free, key=lambda r: self._order(r, r in mates)), False
 
-    def _order(self, rank: int, mate: bool) -> tuple[int, bool, bool, int]:
+    def _order(self, rank: int, mate: bool) -> tuple[int, bool, bool, bool, int]:
         place = self.places[rank]
-        return place.failures, not place.complete, not mate, self.depth(rank)
+        return place.failures, not place.complete, place.spilled, not mate, self.depth(rank)
+
+    def evictable(self, rank: int, nodes: dict[int, str]) -> list[int]:
+        """Return the ranks whose copies can go together with that of *rank*, those of its node; none if they have to stay.
+
+        They stay if no other node has a complete copy, and while one of them is being received or mapped.
+        """
+        mates = [r for r in self.places if nodes[r] == nodes[rank]]
+        used = any(place.sender in mates for place in self.places.values())
+        whole = all(self.places[r].complete for r in mates)
+        elsewhere = any(place.complete for r, place in self.places.items() if r not in mates)
+        return mates if self.final and rank in mates and whole and elsewhere and not used else []

@@ -25,6 +25,7 @@ from hoplite_mpi.protocol.instructions import (
     Available,
     Deliver,
     Drop,
+    Evicted,
     Fail,
     Instruction,
     Locations,
@@ -51,6 +52,8 @@ __all__ = [
     "Deliver",
     "Drop",
     "Event",
+    "EvictRequested",
+    "Evicted",
     "Fail",
     "ForgetObject",
     "GetAbandoned",
@@ -62,8 +65,11 @@ __all__ = [
     "LocationsRequested",
     "MapLocal",
     "MessageReceived",
+    "ObjectSpilled",
     "ObjectStored",
     "PullChild",
+    "PutFailed",
+    "PutStarted",
     "ReduceInline",
     "ReduceRequested",
     "RetireRequested",
@@ -122,6 +128,26 @@ class ObjectStored:
 
 
 @dataclass(frozen=True, slots=True)
+class PutStarted:
+    """A local put is about to write bytes that have this digest: others may receive them while they grow. Fields as of `ObjectStored`.
+
+    Only if `Client.takes` the id. Answered by `Stored` or `Fail`; then followed by `ObjectStored`, answered once more, or `PutFailed`.
+    """
+
+    oid: ObjectID
+    meta: Meta
+    digest: bytes
+    confirm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PutFailed:
+    """The bytes of a `PutStarted` will not all come."""
+
+    oid: ObjectID
+
+
+@dataclass(frozen=True, slots=True)
 class AdoptObject:
     """A sealed *final* object was found in the node's arena. Harmless if this rank has it already.
 
@@ -137,9 +163,26 @@ class AdoptObject:
 
 @dataclass(frozen=True, slots=True)
 class ForgetObject:
-    """The driver has evicted this rank's complete copy."""
+    """This rank's complete copy is gone, through no fault of anybody's. To make room, use `EvictRequested`."""
 
     oid: ObjectID
+
+
+@dataclass(frozen=True, slots=True)
+class EvictRequested:
+    """This node needs memory: may the complete copy go? Answered by `Evicted`; not at all if a new view comes first."""
+
+    oid: ObjectID
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSpilled:
+    """This rank's complete copy has gone to disk, or come back into memory: others prefer copies that are in memory."""
+
+    oid: ObjectID
+    version: int
+    spilled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +331,12 @@ Event = (
     ViewInstalled
     | MessageReceived
     | ObjectStored
+    | PutStarted
+    | PutFailed
     | AdoptObject
     | ForgetObject
+    | EvictRequested
+    | ObjectSpilled
     | GetRequested
     | GetAbandoned
     | WatchRequested

@@ -13,6 +13,7 @@ __all__ = [
     "Available",
     "Deliver",
     "Drop",
+    "Evicted",
     "Fail",
     "Instruction",
     "Locations",
@@ -120,6 +121,18 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Evicted:
+    """Answer to `EvictRequested`: whether the copy may go. If so, it has been dropped.
+
+    May come unasked, for the copy that this rank shares with another one of its node.
+    """
+
+    oid: ObjectID
+    version: int
+    granted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Locations:
     """Answer to `LocationsRequested`: those of its ids that have a complete and final copy."""
 
@@ -204,6 +217,7 @@ Instruction = (
     | Available
     | Fail
     | Drop
+    | Evicted
     | Locations
     | StartSlot
     | PullChild

@@ -23,6 +23,9 @@ __all__ = [
     "Delete",
     "Deleted",
     "Delivered",
+    "Evict",
+    "EvictRefused",
+    "Evicted",
     "Exists",
     "Failed",
     "Final",
@@ -51,6 +54,7 @@ __all__ = [
     "Source",
     "SourceGone",
     "SourceWatch",
+    "Spilled",
     "Unwatch",
     "Watch",
 ]
@@ -83,7 +87,7 @@ class Report(Message):
 
 @dataclass(frozen=True, slots=True)
 class Announce(Message):
-    """The sender has a complete and final copy that it did not get by a transfer.
+    """The sender has a final copy that it did not get by a transfer: complete, or with partial one that it is writing just now.
 
     Confirm: it wants `Accepted` or `Refused`.
     """
@@ -96,6 +100,7 @@ class Announce(Message):
     sources: frozenset[ObjectID] | None
     origin: bool
     confirm: bool
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,23 @@ class Forget(Message):
 
     oid: ObjectID
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evict(Message):
+    """The sender needs memory: may the copy of its node go, since another node has one? `Evicted` or `EvictRefused`."""
+
+    oid: ObjectID
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spilled(Message):
+    """The sender's complete copy has gone to disk, or come back into memory."""
+
+    oid: ObjectID
+    version: int
+    spilled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +292,22 @@ class Lost(Message):
 
     oid: ObjectID
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted(Message):
+    """The copy of the receiver's node counts no longer, since another node has one: forget it. To all ranks of that node that had it."""
+
+    oid: ObjectID
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvictRefused(Message):
+    """Answer to `Evict`: the copy has to stay."""
+
+    oid: ObjectID
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

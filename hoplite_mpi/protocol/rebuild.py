@@ -67,21 +67,27 @@ def _object(
     of_version = [(rank, r) for rank, r in records if r.version == version]
     if not of_version:
         return
-    # Of puts that contradict each other a complete copy stays, and of these an accepted one.
+    # Of puts that contradict each other one that has, or gets, its bytes stays, and of these an accepted one.
     _, best = min(
-        of_version, key=lambda item: (not item[1].complete, not item[1].confirmed, item[1].digest is None, item[0])
+        of_version,
+        key=lambda item: (
+            not (item[1].complete or item[1].producing),
+            not item[1].confirmed,
+            item[1].digest is None,
+            item[0],
+        ),
     )
     entry.meta, entry.digest = best.meta, best.digest
     for _, record in of_version:
         entry.sources = entry.sources or record.sources
     for rank, record in of_version:
         if not entry.same(record.meta, record.digest):
-            if record.complete and record.origin:
+            if (record.complete or record.producing) and record.origin:
                 shard.refused.append((rank, oid))
             continue
         entry.places[rank] = place_of(record)
         entry.is_inline = entry.is_inline or (record.complete and record.inline)
-        if record.complete and not record.confirmed:
+        if (record.complete or record.producing) and not record.confirmed:
             shard.accepted.append((rank, oid))
         if not record.final and entry.sources is not None:
             shard.final.append((rank, oid, version, entry.sources))
@@ -104,4 +110,11 @@ def _final_version(records: list[tuple[int, ms.ObjectRecord]], bound: ms.Deliver
 
 def place_of(record: ms.ObjectRecord) -> Place:
     """Return the place that a record tells of."""
-    return Place(complete=record.complete, origin=record.origin, sender=record.sender, attempt=record.attempt)
+    return Place(
+        complete=record.complete,
+        producing=record.producing,
+        origin=record.origin,
+        spilled=record.spilled,
+        sender=record.sender,
+        attempt=record.attempt,
+    )

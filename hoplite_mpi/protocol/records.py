@@ -30,6 +30,10 @@ class ObjectRecord:
     #: of a partial copy: the live rank it is being received from, and the attempt
     sender: int | None
     attempt: int
+    #: its holder is writing it: the root of a reduce, or a put under way
+    producing: bool = False
+    #: of a complete copy: it is on the holder's disk, not in its memory
+    spilled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

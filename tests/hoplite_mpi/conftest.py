@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PATIENCE = 40.0
 
 
-def _open_store(apart: bool, **settings: float) -> ObjectStore:
+def _open_store(apart: bool, **settings: float | str | None) -> ObjectStore:
     """Open a store; *apart*: with each rank on a node of its own, so that bytes really travel."""
     import hoplite_mpi as hm
 

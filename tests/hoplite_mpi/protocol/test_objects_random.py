@@ -61,14 +61,17 @@ def run(
 def operate(world: World, rng: random.Random, deaths: bool, ids: list[ObjectID]) -> None:
     rank = rng.choice(sorted(world.nodes))
     kind = rng.choices(
-        ["put", "get", "abandon", "watch", "unwatch", "reduce", "forget", "delete", "kill", "adopt"],
-        [8, 8, 1, 2, 1, 2, 1, 0.2, 1.5 if deaths else 0, 0.5],
+        ["put", "get", "abandon", "watch", "unwatch", "reduce", "forget", "delete", "kill", "adopt", "evict", "fail"],
+        [8, 8, 1, 2, 1, 2, 1, 0.2, 1.5 if deaths else 0, 0.5, 2, 0.5],
     )[0]
     oid = rng.choice(ids)
     match kind:
         case "put":
             oid = rng.choice([oid for oid in ids if oid in VALUES])
-            world.put(rank, oid, VALUES[oid], oid in SMALL_SOURCES, rng.random() < 0.7)
+            if oid in SMALL_SOURCES or rng.random() < 0.5:
+                world.put(rank, oid, VALUES[oid], oid in SMALL_SOURCES, rng.random() < 0.7)
+            else:
+                world.start_put(rank, oid, VALUES[oid], rng.random() < 0.7)
         case "get":
             world.get(rank, oid)
         case "abandon":
@@ -93,6 +96,10 @@ def operate(world: World, rng: random.Random, deaths: bool, ids: list[ObjectID])
             world.change(kill=[rank], join=[rank] if rng.random() < 0.5 else None)
         case "adopt":
             adopt(world, rank, oid)
+        case "evict":
+            world.evict(rank, oid)
+        case "fail":
+            world.fail_put(rank)
 
 
 def adopt(world: World, rank: int, oid: ObjectID) -> None:
@@ -237,6 +244,63 @@ def run_joint(seed: int) -> World:
 @given(st.integers(0, 2**64))
 def test_a_reduce_skips_what_is_lost(seed: int) -> None:
     run_joint(seed)
+
+
+# -- making room -------------------------------------------------------------------------------------------------------
+
+
+def run_evictions(seed: int, protocol: type[Protocol] = Protocol) -> World:
+    """Everybody puts, gets, and wants to let go of what it has, in any order: nothing that was put is lost."""
+    rng = random.Random(seed)
+    world = World(rng, rng.randint(2, 6), rng.randint(2, 4), protocol)
+    world.settle()
+    for _ in range(rng.randint(10, 60)):
+        operation = rng.choice([world.get, world.evict, world.evict])
+        rank, oid = rng.choice(sorted(world.nodes)), rng.choice(OBJECTS)
+        if oid not in world.values:
+            world.put(rank, oid, VALUES[oid], False, rng.random() < 0.7)
+        operation(rank, oid)
+        for _ in range(rng.choice([0, 1, 5, 30])):
+            world.step()
+    world.settle()
+    for oid in world.values:
+        assert world.usable(oid), f"{oid} is lost: all have let go of it"
+    for rank in world.nodes:
+        for oid in world.values:
+            world.get(rank, oid)
+    world.settle()
+    check(world)
+    for node in world.nodes.values():
+        assert not node.wanted
+    return world
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2**64))
+def test_nobody_lets_go_of_the_last_copy(seed: int) -> None:
+    run_evictions(seed)
+
+
+class BothLetGo(Directory):
+    """Tells a rank that it may let go, and goes on counting on its copy."""
+
+    def _evict(self, src: int, oid: ObjectID, version: int) -> None:
+        places = dict(self.entry(oid).places)
+        super()._evict(src, oid, version)
+        self.entry(oid).places.update(places)
+
+
+def test_random_runs_find_that_both_let_go() -> None:
+    class Faulty(Protocol):
+        directory_class = BothLetGo
+
+    assert sum(run_evictions(seed).evictions for seed in range(20)) > 20
+    for seed in range(100):
+        try:
+            run_evictions(seed, Faulty)
+        except AssertionError:
+            return
+    pytest.fail("100 random runs did not find it")
 
 
 # -- the runs above do find faults -------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ class Node:
     watched: set[ObjectID] = field(default_factory=set)
     #: puts that are not answered
     putting: set[ObjectID] = field(default_factory=set)
+    #: those of them that are being written → chunks written
+    writing: dict[ObjectID, int] = field(default_factory=dict)
     delivered: dict[ObjectID, ev.Deliver] = field(default_factory=dict)
     failed: dict[ObjectID, str] = field(default_factory=dict)
     computing: deque[ev.ReduceInline] = field(default_factory=deque)
@@ -91,6 +93,7 @@ class World:
         self.starts: list[ev.StartTransfer] = []
         self.slot_starts: list[tuple[int, ev.StartSlot]] = []
         self.dup_rate = 0.0
+        self.evictions = 0
         self.change(join=list(range(ranks)))
 
     # -- membership ----------------------------------------------------------------------------------------------------
@@ -142,6 +145,52 @@ class World:
         inline = np.full(n, value, np.int64).tobytes() if small else None
         self.handle(node, ev.ObjectStored(oid, meta_of(small), digest_of(value), inline, confirm))
 
+    def start_put(self, rank: int, oid: ObjectID, value: int, confirm: bool = True) -> None:
+        """Begin a put whose chunks come one by one."""
+        node = self.nodes[rank]
+        if oid in node.writing or not node.protocol.client.takes(oid):
+            return
+        self.values.setdefault(oid, value)
+        node.putting.add(oid)
+        node.failed.pop(oid, None)
+        node.writing[oid] = 0
+        self.drop(node, oid, 0)
+        self.handle(node, ev.PutStarted(oid, meta_of(False), digest_of(value), confirm))
+        if node.protocol.client.writes(oid):
+            node.data[oid, 0] = []
+
+    def write(self, node: Node, oid: ObjectID) -> None:
+        value = self.values[oid]
+        if node.writing[oid] < CHUNKS:
+            node.writing[oid] += 1
+            if node.protocol.client.writes(oid):
+                node.data[oid, 0].append(value)
+            return
+        del node.writing[oid]
+        if oid not in node.failed:
+            self.handle(node, ev.ObjectStored(oid, meta_of(False), digest_of(value), None, True))
+            if node.protocol.client.holds(oid) or oid in node.putting:
+                node.data[oid, 0] = [value] * CHUNKS
+
+    def fail_put(self, rank: int) -> None:
+        """The source of a put that is being written raises."""
+        node = self.nodes[rank]
+        for oid in list(node.writing)[:1]:
+            del node.writing[oid]
+            node.putting.discard(oid)
+            self.handle(node, ev.PutFailed(oid))
+
+    def evict(self, rank: int, oid: ObjectID) -> None:
+        node = self.nodes[rank]
+        if any(key[0] == oid for key in node.data):
+            self.handle(node, ev.EvictRequested(oid, next(key[1] for key in node.data if key[0] == oid)))
+
+    def evicted(self, node: Node, oid: ObjectID, version: int, granted: bool) -> None:
+        if granted:
+            self.evictions += 1
+            assert (oid, version) not in node.data, "what may go has been dropped"
+            node.delivered.pop(oid, None)
+
     def get(self, rank: int, oid: ObjectID) -> None:
         node = self.nodes[rank]
         node.wanted.add(oid)
@@ -181,6 +230,7 @@ class World:
             found += [(self.progress_slot, node, s) for s in node.slots.values() if self.can_progress_slot(s)]
             if node.computing:
                 found.append((self.compute, node))
+            found += [(self.write, node, oid) for oid in node.writing]
         return found
 
     def step(self) -> bool:
@@ -256,7 +306,7 @@ class World:
             view = self.nodes[dst].protocol.view if dst in self.nodes else None
             # an announcement comes again only while it is true: links keep order, so none comes after its `Forget`
             true = not isinstance(message, ms.Announce) or (
-                src in self.nodes and self.nodes[src].protocol.client.holds(message.oid)
+                src in self.nodes and self.nodes[src].protocol.client.holds(message.oid) and not message.partial
             )
             if true and view is not None and src in view and view.number == message.view:
                 self.handle(self.nodes[dst], ev.MessageReceived(src, message))
@@ -386,6 +436,8 @@ class World:
                     node.watched.discard(oid)
             case ev.Drop(oid, version):
                 self.drop(node, oid, version)
+            case ev.Evicted(oid, version, granted):
+                self.evicted(node, oid, version, granted)
             case ev.Locations(request_id, oids):
                 node.queries[request_id] = oids
             case ev.StartSlot(rid, slot, generation, _, source):

@@ -1,0 +1,204 @@
+"""Puts: the user's bytes into this node's memory, and the owner of the id told of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from hoplite_mpi.errors import ObjectDeletedError, ObjectExistsError, ObjectLostError
+from hoplite_mpi.futures import Future
+from hoplite_mpi.ids import ObjectID
+from hoplite_mpi.memory import Pinned, Region
+from hoplite_mpi.meta import Meta
+from hoplite_mpi.objects import object_key
+from hoplite_mpi.protocol import events as ev
+from hoplite_mpi.runtime import Runtime
+from hoplite_mpi.testing import fault
+from hoplite_mpi.transport.transfer import Stream
+from hoplite_mpi.values import equal
+from hoplite_mpi.waiting import Waiting
+
+__all__ = ["Putter"]
+
+#: how often a put begins again because somebody took away what was sealed under its id
+_SEAL_ATTEMPTS = 20
+#: bytes copied at once while others may already receive them (Hoplite's code copies 2 MiB at most)
+_PIECE = 2 << 20
+#: from so many bytes on it pays
+_OVERLAP = 2 * _PIECE
+#: seconds between looks whether bytes that were put on this node at the same time, and refused, have gone
+_LOOK = 0.001
+
+
+class Putter:
+    """The puts of one store. Called by the user's threads.
+
+    locked: calls a function under the engine's lock, unless the store is closed.
+    """
+
+    def __init__(self, runtime: Runtime, waiting: Waiting, locked: Callable[[Callable[[], Any]], Any]) -> None:
+        self._runtime = runtime
+        self._engine = runtime.engine
+        self._memory = runtime.memory
+        self._waiting = waiting
+        self._locked = locked
+        #: ids that a thread is putting in pieces; another that puts the same one waits until that is over
+        self._under_way: set[ObjectID] = set()
+        self._ended = threading.Condition()
+
+    def put(self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool) -> None:
+        """Store a copy of *source*; confirm: somebody else may have put under that id. Errors as `ObjectStore.put`."""
+        if meta.nbytes <= self._runtime.config.inline_limit:
+            self._announce(oid, meta, digest, bytes(source), None, confirm)
+            return
+        with self._alone(oid):
+            if meta.nbytes < _OVERLAP or not self._put_in_pieces(oid, meta, digest, source, confirm):
+                pinned, fresh = self._seal(oid, meta, source, digest, confirm)
+                self._announce(oid, meta, digest, None, pinned, confirm, fresh)
+
+    def adopt(self, oid: ObjectID) -> Meta:
+        """Announce an object that another process of this node has sealed in the arena under a fresh id; return its meta."""
+        pinned = self._memory.fetch(oid)
+        if pinned is None:
+            raise ObjectLostError(f"{oid} is not in this node's arena")
+        self._announce(oid, pinned.meta, bytes(oid), None, pinned, confirm=False)
+        return pinned.meta
+
+    @contextmanager
+    def _alone(self, oid: ObjectID) -> Iterator[None]:
+        with self._ended:
+            while oid in self._under_way:
+                self._ended.wait()
+            self._under_way.add(oid)
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._under_way.discard(oid)
+                self._ended.notify_all()
+
+    # -- while others receive it already
+
+    def _put_in_pieces(self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool) -> bool:
+        """Announce the object, then copy it, so that others receive it while it grows; False if it has to go the other way.
+
+        It is sealed only when the owner has accepted it, so of two that put other bytes on one node only one is ever seen.
+        """
+        region = self._allocate(oid, meta, digest, provisional=False)
+        stream = Stream(self._engine, object_key(oid, 0), memoryview(region.data), keep=region)
+        client, accepted, stored = self._runtime.protocol.client, self._future(oid), self._future(oid)
+
+        def begin() -> bool:
+            if not client.takes(oid) or self._memory.map(oid) is not None:
+                return False
+            self._waiting.putters.setdefault(oid, []).append(accepted)
+            self._runtime.handle(ev.PutStarted(oid, meta, digest, confirm))
+            if client.writes(oid):
+                self._runtime.objects.publish(oid, 0, meta, stream)
+            return True
+
+        def end() -> bool:
+            """Return whether it is over, one way or the other."""
+            known = self._memory.map(oid)
+            if known is not None and not (known.meta == meta and equal(known.buffer, source)):
+                return False
+            self._waiting.putters.setdefault(oid, []).append(stored)
+            if client.writes(oid):
+                self._runtime.objects.written(oid, 0, region)
+            self._runtime.handle(ev.ObjectStored(oid, meta, digest, None, confirm))
+            return True
+
+        started = False
+        try:
+            started = self._locked(begin)
+            if not started:
+                return False
+            self._copy(region, source, lambda position: self._locked(lambda: stream.advance(position)), accepted)
+            accepted.result()
+            deadline = time.monotonic() + self._runtime.config.join_timeout
+            while not self._locked(end):
+                # bytes that another process of this node has put at the same time: the owner refuses them, and they go
+                if time.monotonic() > deadline:
+                    raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
+                time.sleep(_LOOK)
+            stored.result()
+        except BaseException:
+            if started and self._runtime.closed is None:
+                self._engine.run(lambda: self._runtime.handle(ev.PutFailed(oid)))
+            raise
+        finally:
+            region.abandon()  # of no effect once it is sealed
+        return True
+
+    def _copy(self, region: Region, source: memoryview, advanced: Callable[[int], None], accepted: Future) -> None:
+        target, data = np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)
+        for start in range(0, len(data), _PIECE):
+            stop = min(start + _PIECE, len(data))
+            self._memory.copy(target[start:stop], data[start:stop]).wait()
+            fault.point("put.piece")
+            advanced(stop)
+            if accepted.done() and accepted.exception() is not None:
+                return  # refused, or deleted
+
+    # -- all of it, and then tell
+
+    def _seal(
+        self, oid: ObjectID, meta: Meta, source: memoryview, digest: bytes, provisional: bool
+    ) -> tuple[Pinned, bool]:
+        """Return the sealed bytes, and whether it was this call that sealed them."""
+        memory = self._memory
+        for _ in range(_SEAL_ATTEMPTS):
+            known, fresh = memory.fetch(oid), False
+            if known is None:
+                region = self._allocate(oid, meta, digest, provisional)
+                try:
+                    memory.copy(np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)).wait()
+                    fresh = region.seal()
+                except BaseException:
+                    region.abandon()
+                    raise
+                known = memory.map(oid)
+            if known is not None:
+                break
+            # another rank of this node put under the same id at the same time, was refused, and took its bytes away
+        else:
+            raise ObjectDeletedError(f"{oid} was deleted again and again while it was being put")
+        if not fresh and not (known.meta == meta and equal(known.buffer, source)):
+            raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
+        return known, fresh
+
+    def _allocate(self, oid: ObjectID, meta: Meta, digest: bytes, provisional: bool) -> Region:
+        return self._memory.with_room(meta.nbytes, lambda: self._memory.allocate(oid, meta, 0, digest, provisional))
+
+    def _announce(
+        self,
+        oid: ObjectID,
+        meta: Meta,
+        digest: bytes,
+        inline: bytes | None,
+        pinned: Pinned | None,
+        confirm: bool,
+        fresh: bool = False,
+    ) -> None:
+        """Announce an object and wait until the owner has taken it. fresh: its bytes were sealed for this alone."""
+        future, runtime = self._future(oid), self._runtime
+
+        def begin() -> None:
+            self._waiting.putters.setdefault(oid, []).append(future)
+            taken = runtime.protocol.client.takes(oid)
+            if taken and pinned is not None:
+                runtime.objects.stored(oid, meta)
+            runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
+            if fresh and not taken:  # something else is known here under that id
+                runtime.memory.delete(oid)
+
+        self._locked(begin)
+        future.result()
+
+    def _future(self, oid: ObjectID) -> Future:
+        return Future(self._engine, f"put of {oid}")
