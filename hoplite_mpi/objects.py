@@ -19,7 +19,7 @@ from hoplite_mpi.transport.fabric import Fabric
 from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
 from hoplite_mpi.values import equal
 
-__all__ = ["Copy", "Objects", "Ready", "object_key"]
+__all__ = ["Copy", "Objects", "Ready", "object_key", "object_of"]
 
 log = logging.getLogger("hoplite_mpi.objects")
 
@@ -29,6 +29,12 @@ _KEY = struct.Struct(">c16sQ")
 def object_key(oid: ObjectID, version: int) -> bytes:
     """Return the name of an object's stream."""
     return _KEY.pack(b"o", bytes(oid), version)
+
+
+def object_of(key: bytes) -> dict[str, Any]:
+    """Return which object's stream has that name, for logs and traces."""
+    _, raw, version = _KEY.unpack(key)
+    return {"oid": ObjectID(raw), "version": version}
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
 from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
 
-__all__ = ["Slots", "slot_key"]
+__all__ = ["Slots", "slot_key", "slot_of"]
 
 log = logging.getLogger("hoplite_mpi.slots")
 
@@ -37,6 +37,12 @@ _KEY = struct.Struct(">c16sIQ")
 def slot_key(rid: ObjectID, slot: int, generation: int) -> bytes:
     """Return the name of a slot's output stream."""
     return _KEY.pack(b"s", bytes(rid), slot, generation)
+
+
+def slot_of(key: bytes) -> dict[str, Any]:
+    """Return which slot's stream has that name, for logs and traces."""
+    _, raw, slot, generation = _KEY.unpack(key)
+    return {"oid": ObjectID(raw), "slot": slot, "generation": generation}
 
 
 @dataclass(eq=False)
@@ -320,6 +326,8 @@ class Slots:
                 kernels.finish(what.op, total, what.num_objects, output)
             slot.done += 1
             slot.output.advance(stop * out_dtype.itemsize)
+            if slot.done == 1 and self._transfers.trace.on:
+                self._transfers.trace.event("slot.first", **slot_of(slot.output.key))
             for child in slot.children.values():
                 if child.incoming is not None:
                     first = child.incoming.offset // (step * child.dtype.itemsize)

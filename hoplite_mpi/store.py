@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -32,6 +33,7 @@ from hoplite_mpi.protocol.links import ReduceExplanation, explain
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.runtime import Runtime
 from hoplite_mpi.statistics import Statistics
+from hoplite_mpi.trace import TraceEvent
 from hoplite_mpi.transport.modes import FaultMode
 from hoplite_mpi.values import as_bytes, equal
 from hoplite_mpi.waiting import Waiting
@@ -233,6 +235,7 @@ class ObjectStore(Collectives):
         def begin() -> None:
             ready = self._runtime.ready(oid)
             if ready is not None:
+                self._runtime.observer.had(oid, ready.version)
                 self._waiting.resolve([future], self._runtime.objects.value(oid, ready))
                 return
             self._waiting.getters.setdefault(oid, []).append(future)
@@ -412,9 +415,19 @@ class ObjectStore(Collectives):
             bytes_sent=runtime.transfers.bytes_sent,
             bytes_received=runtime.transfers.bytes_received,
             transfers=runtime.transfers.started,
+            transfers_completed=runtime.transfers.completed,
+            transfers_failed=runtime.transfers.failed,
+            transfers_resumed=runtime.transfers.resumed,
             stalled=runtime.transfers.stalled,
+            reduces=runtime.protocol.directory.reduces,
             peers_lost=runtime.peers_lost,
+            trace_dropped=runtime.trace.dropped,
+            **dataclasses.asdict(runtime.observer.counts),
         )
+
+    def trace(self) -> list[TraceEvent]:
+        """Return the last events of this rank, oldest first; none without `Config.trace`. See `hoplite_mpi.trace`."""
+        return self._runtime.trace.events()
 
     def close(self) -> None:
         """Leave the others and free what only this rank uses. Views that were got stay valid. Never hangs on dead peers."""

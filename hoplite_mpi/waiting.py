@@ -67,10 +67,14 @@ class Waiting:
     def _answer(self, what: ev.Instruction) -> None:
         match what:
             case ev.Stored():
-                self.resolve(self.putters.pop(what.oid, ()), None)
+                putters = self.putters.pop(what.oid, ())
+                self._runtime.observer.counts.puts += len(putters)
+                self.resolve(putters, None)
             case ev.Deliver():
                 ready = self._runtime.objects.ready[what.oid]
-                for future in self.getters.pop(what.oid, ()):
+                getters = self.getters.pop(what.oid, ())
+                self._runtime.observer.counts.gets += len(getters)
+                for future in getters:
                     self.resolve([future], self._runtime.objects.value(what.oid, ready))
             case ev.Available():
                 self.resolve(self.watchers.pop(what.oid, ()), what.sources)

@@ -19,6 +19,7 @@ import msgpack
 from mpi4py import MPI
 
 from hoplite_mpi.testing import fault
+from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric, Link
 from hoplite_mpi.transport.primitives import Signal, Timer
@@ -75,6 +76,7 @@ class Incoming:
     number: int
     link: Link
     tag: int
+    key: bytes
     offset: int
     end: int
     chunk: int
@@ -93,13 +95,15 @@ class Incoming:
     #: chunks that the sender said it had posted when it stopped
     limit: int | None = None
     ended: bool = False
-    #: given up here: what still arrives is not wanted
+    #: given up here, and why: what still arrives is not wanted
     stopping: str | None = None
     #: `on_end` has been told; what the sender has posted is taken so that nothing stays under way
     draining: bool = False
     watchdog: Timer | None = None
     seen: int = -1
     probe: bool = False
+    #: nothing of it is valid here yet
+    first: bool = True
 
     @property
     def chunks(self) -> int:
@@ -117,6 +121,8 @@ class _Outgoing:
     changed: Signal
     stopped: bool = False
     posted: int = 0
+    #: its stream was found, and the trace told
+    began: bool = False
 
     def stop(self) -> None:
         self.stopped = True
@@ -126,12 +132,23 @@ class _Outgoing:
 class Transfers:
     """All transfers of a process. Called under the engine's lock."""
 
-    def __init__(self, engine: Engine, fabric: Fabric, channel: int, find: Callable[[bytes], Any]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        fabric: Fabric,
+        channel: int,
+        find: Callable[[bytes], Any],
+        name_of: Callable[[bytes], dict[str, Any]],
+        trace: Recorder,
+    ) -> None:
         self._engine = engine
         self._fabric = fabric
         self._channel = channel
         #: returns the Stream of a key, REFUSE, or None: it isn't here yet
         self._find = find
+        #: returns what a stream is, by its key, for logs and traces
+        self._name_of = name_of
+        self.trace = trace
         #: fire it when a stream has come that was not here
         self.appeared = Signal(engine)
         self._incoming: dict[int, Incoming] = {}
@@ -147,6 +164,11 @@ class Transfers:
         self.bytes_received = 0
         self.bytes_sent = 0
         self.started = 0
+        #: those that began behind what an earlier one had brought
+        self.resumed = 0
+        self.completed = 0
+        #: those that ended before all was there
+        self.failed = 0
         self.stalled = 0
 
     @property
@@ -175,13 +197,16 @@ class Transfers:
         """
         self._last_number += 1
         incoming = Incoming(
-            self._last_number, link, self._fabric.new_tag(link), offset, end, chunk, buffer_of, on_progress, on_end
+            self._last_number, link, self._fabric.new_tag(link), key, offset, end, chunk, buffer_of, on_progress, on_end
         )
         incoming.progress, incoming.allowed, incoming.probe = offset, allowed, key == PROBE
         if incoming.probe:
             self.probes += 1
         else:
             self.started += 1
+            self.resumed += offset > 0
+            if self.trace.on:
+                self._note("transfer.begin", incoming, end=end)
             if self.gauge is not None:
                 self.gauge.began(link)
         self._incoming[incoming.number] = incoming
@@ -258,6 +283,9 @@ class Transfers:
             moved = True
         if incoming.stopping is None and moved:
             incoming.on_progress(incoming.progress)
+            if self.trace.on and incoming.first and not incoming.probe:
+                incoming.first = False
+                self._note("transfer.first", incoming)
         if incoming.progress >= incoming.end:
             self._finish(incoming, incoming.stopping)
         elif incoming.limit is not None and not incoming.pending and incoming.posted >= incoming.limit:
@@ -271,6 +299,8 @@ class Transfers:
                 return
             if incoming.progress == incoming.seen and incoming.link.comm is not None:
                 self.stalled += not incoming.probe
+                if self.trace.on and not incoming.probe:
+                    self._note("transfer.stalled", incoming)
                 self._route_around(incoming)
                 return
             incoming.seen = incoming.progress if incoming.link.comm is not None else -1
@@ -308,10 +338,23 @@ class Transfers:
         self._incoming.pop(incoming.number, None)
         if incoming.probe:
             self.probes -= 1
-        elif self.gauge is not None:
-            self.gauge.ended(incoming.link)
+        else:
+            self._ended(incoming, reason)
         if not incoming.draining:
             incoming.on_end(reason, tainted)
+
+    def _ended(self, incoming: Incoming, reason: str | None) -> None:
+        self.completed += reason is None
+        self.failed += reason is not None
+        if self.trace.on:
+            self._note("transfer.end", incoming, progress=incoming.progress, why=reason or "complete")
+        if self.gauge is not None:
+            self.gauge.ended(incoming.link)
+
+    def _note(self, name: str, incoming: Incoming, **fields: Any) -> None:
+        """Trace something about a transfer."""
+        peer, offset = incoming.link.peer[0], incoming.offset
+        self.trace.event(name, id=incoming.number, peer=peer, offset=offset, **self._name_of(incoming.key), **fields)
 
     # -- sender ------------------------------------------------------------------------------------------------------------
 
@@ -355,6 +398,9 @@ class Transfers:
         finally:
             self.probes -= key == PROBE
             self._outgoing.pop((link.peer, number), None)
+            if outgoing.began and self.trace.on:
+                name = self._name_of(key)
+                self.trace.event("serve.end", id=number, peer=link.peer[0], posted=outgoing.posted, **name)
         if not complete and not link.down:
             self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
 
@@ -370,6 +416,9 @@ class Transfers:
             await changed
         if stream is None or stream is REFUSE or len(stream.data) < end:
             return False
+        if self.trace.on and key != PROBE:
+            outgoing.began = True
+            self._serving(outgoing, key, stream, offset, end)
         in_flight = 0
 
         def sent(error: BaseException | None) -> None:
@@ -396,6 +445,20 @@ class Transfers:
             outgoing.posted += 1
             position = stop
         return True
+
+    def _serving(self, outgoing: _Outgoing, key: bytes, stream: Stream, offset: int, end: int) -> None:
+        """Trace that a stream is being sent, and how much of it is here now."""
+        self.trace.event(
+            "serve.begin",
+            id=outgoing.number,
+            peer=outgoing.link.peer[0],
+            offset=offset,
+            end=end,
+            had=stream.progress,
+            nbytes=len(stream.data),
+            complete=stream.progress >= len(stream.data),
+            **self._name_of(key),
+        )
 
     def peer_lost(self, peer: PeerKey) -> None:
         """End all transfers with a process that is gone."""
