@@ -66,6 +66,8 @@ class Config:
     #: keep the last events of each rank, `trace_limit` of them, for `ObjectStore.trace`
     trace: bool = False
     trace_limit: int = 100_000
+    #: verify all bytes that come from other ranks against sums made where they were made; the same on all ranks
+    checksums: bool = False
     #: seconds without traffic after which the engine stops polling and blocks
     spin_time: float = 0.002
     #: seconds between the polls of a blocked engine (safety net beside the doorbell)
@@ -73,6 +75,8 @@ class Config:
 
     #: a transfer without progress for this long is routed around
     stall_timeout: float = 1.0
+    #: bytes that come corrupt again and again for this long, from whoever has them, are given up
+    corrupt_timeout: float = 30.0
     #: silence on the side channel for this long, after the kernel's keepalive, proves a dead host
     keepalive_timeout: float = 3.0
     #: one accept/connect

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hoplite_mpi.errors import HopliteError
+from hoplite_mpi.checksums import Retries, Sums
+from hoplite_mpi.errors import CorruptObjectError, HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Memory, Pinned, Region
 from hoplite_mpi.meta import Meta
@@ -16,7 +17,7 @@ from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
-from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
+from hoplite_mpi.transport.transfer import CORRUPT, REFUSE, Incoming, Stream, Transfers
 from hoplite_mpi.values import equal
 
 __all__ = ["Copy", "Objects", "Ready", "object_key", "object_of"]
@@ -55,6 +56,7 @@ class Copy:
     reserving: bool = False
     #: the transfer to be started then
     waiting: ev.StartTransfer | None = None
+    retries: Retries = field(default_factory=Retries)
 
     @property
     def empty(self) -> bool:
@@ -93,7 +95,7 @@ class Objects:
         self._memory = memory
         self._reserver = reserver
         self._handle = handle
-        #: told when there is no room to receive an object
+        #: told when an object can't be received: there is no room, or its bytes come corrupt from everywhere
         self._out_of_memory = out_of_memory
         self._copies: dict[ObjectID, Copy] = {}
         #: newest version of each object that was dropped here: its streams are refused
@@ -114,10 +116,10 @@ class Objects:
             return REFUSE
         return None
 
-    def stored(self, oid: ObjectID, meta: Meta, pinned: Pinned, version: int = 0) -> None:
-        """Take a sealed object of the arena as a complete copy."""
+    def stored(self, oid: ObjectID, meta: Meta, pinned: Pinned, version: int = 0, sums: Sums | None = None) -> None:
+        """Take a sealed object of the arena as a complete copy. sums: of its bytes; None: made when somebody asks for them."""
         self._drop_other(oid, version)
-        stream = Stream(self._engine, object_key(oid, version), pinned.buffer, meta.nbytes, keep=pinned)
+        stream = Stream(self._engine, object_key(oid, version), pinned.buffer, meta.nbytes, keep=pinned, sums=sums)
         self._copies[oid] = Copy(oid, version, meta, stream, pinned=pinned)
         self._transfers.appeared.fire()
 
@@ -149,8 +151,14 @@ class Objects:
         if copy is None or copy.version != what.version:
             self._drop_other(what.oid, what.version)
             stream = Stream(self._engine, object_key(what.oid, what.version), memoryview(b""))
+            stream.sums = Sums(what.meta.nbytes) if self._engine.config.checksums else None
             copy = self._copies[what.oid] = Copy(what.oid, what.version, what.meta, stream)
             self._reserve(copy)
+        old = copy.incoming.values()
+        if copy.stream.sums is not None and not copy.reserving and any(incoming.written for incoming in old):
+            self._reserve(
+                copy
+            )  # what still comes of transfers that were given up is not verified: it may not end up here
         if copy.reserving:
             copy.waiting = what
         elif self._copies.get(what.oid) is copy:
@@ -209,6 +217,7 @@ class Objects:
             buffer_of,
             copy.stream.advance,
             ended,
+            sums=copy.stream.sums,
         )
 
     def _transfer_ended(self, copy: Copy, what: ev.StartTransfer, reason: str | None, tainted: bool) -> None:
@@ -223,13 +232,30 @@ class Objects:
             self._forget(copy)
         else:
             log.info("transfer of %s from rank %d ended: %s", what.oid, what.sender, reason)
+            delay = 0.0 if reason != CORRUPT else self._retry(copy, what)
             if tainted and copy.region is not None:
                 # what has arrived moves to a new region
                 if incoming is None or not incoming.draining:
                     copy.region.quarantine()
                 self._reserve(copy, what)
                 return
+            if delay:
+                failed = ev.TransferFailed(what.oid, what.version, what.attempt)
+                self._engine.after(delay, lambda: self._handle(failed))
+                return
         self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+
+    def _retry(self, copy: Copy, what: ev.StartTransfer) -> float:
+        """Return after how many seconds to ask again for bytes that came corrupt; whoever gets the object is told if it is in vain."""
+        timeout = self._engine.config.corrupt_timeout
+        delay = copy.retries.delay(copy.stream.progress, timeout)
+        if delay is None:
+            text = (
+                f"{what.oid}: its bytes from offset {copy.stream.progress} on have a wrong checksum whoever is asked for them, "
+                f"for {timeout:g} s; rank {what.sender} was the last"
+            )
+            self._out_of_memory(what.oid, CorruptObjectError(text))
+        return delay or 0.0
 
     def _sealed(self, copy: Copy, region: Region) -> bool:
         """Publish the bytes on this node; return whether the copy has them now, be it from another process of the node."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hoplite_mpi.checksums import whole_blocks
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
@@ -368,7 +369,8 @@ class Runtime:
 
     def _set_chunk_size(self) -> None:
         if self.view is not None:
-            self.transfers.chunk_size = self.gauge.links.chunk_size(self.view)
+            chunk = self.gauge.links.chunk_size(self.view)
+            self.transfers.chunk_size = whole_blocks(chunk, 1) if self.config.checksums else chunk
 
     def _side_message(self, peer: PeerKey, kind: int, body: Any) -> None:
         self.liveness.heard(peer)

@@ -36,6 +36,8 @@ class Statistics:
     transfers_resumed: int
     #: transfers that were given up because their sender lived but sent nothing
     stalled: int
+    #: chunks that came with a wrong checksum, and were fetched again
+    chunks_corrupt: int
     #: reduces begun with this rank as coordinator; one that begins anew counts again
     reduces: int
     #: reduce slots started on this rank, and those of them that had been started here before

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hoplite_mpi import ending
+from hoplite_mpi.checksums import Sums
 from hoplite_mpi.collectives import Collectives, Rounds
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
@@ -121,7 +122,10 @@ class ObjectStore(Collectives):
             self._store(oid, meta, digest, bytes(source), None, confirm)
         else:
             pinned, fresh = self._seal(oid, meta, source, digest, confirm)
-            self._store(oid, meta, digest, None, pinned, confirm, fresh)
+            sums = (
+                Sums.of(source) if self._config.checksums else None
+            )  # of the user's bytes, not of what became of them
+            self._store(oid, meta, digest, None, pinned, confirm, fresh, sums)
 
     def _seal(
         self, oid: ObjectID, meta: Meta, source: memoryview, digest: bytes, provisional: bool
@@ -157,6 +161,7 @@ class ObjectStore(Collectives):
         pinned: Pinned | None,
         confirm: bool,
         fresh: bool = False,
+        sums: Sums | None = None,
     ) -> None:
         """Announce an object and wait until the owner has taken it. fresh: its bytes were sealed for this alone."""
         future = Future(self._engine, f"put of {oid}")
@@ -166,7 +171,7 @@ class ObjectStore(Collectives):
             self._waiting.putters.setdefault(oid, []).append(future)
             taken = runtime.protocol.client.takes(oid)
             if taken and pinned is not None:
-                runtime.objects.stored(oid, meta, pinned)
+                runtime.objects.stored(oid, meta, pinned, sums=sums)
             runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
             if fresh and not taken:  # something else is known here under that id
                 runtime.memory.delete(oid)
@@ -222,7 +227,8 @@ class ObjectStore(Collectives):
     def get(self, object_id: ObjectID, timeout: Any = DEFAULT) -> Any:
         """Return the object as a read-only ndarray, or a read-only memoryview if bytes were put; zero copy on its node.
 
-        Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ReduceError, StoreFullError, and ObjectLostError if every copy
+        Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ReduceError, StoreFullError, CorruptObjectError (with
+        `Config.checksums`: no rank has right bytes), and ObjectLostError if every copy
         is gone and nobody will put it again: of ids that `put` chose, or that were made for one process (`ObjectID.from_name`).
         """
         return _result(self.get_async(object_id), timeout)
@@ -419,6 +425,7 @@ class ObjectStore(Collectives):
             transfers_failed=runtime.transfers.failed,
             transfers_resumed=runtime.transfers.resumed,
             stalled=runtime.transfers.stalled,
+            chunks_corrupt=runtime.transfers.corrupt,
             reduces=runtime.protocol.directory.reduces,
             peers_lost=runtime.peers_lost,
             trace_dropped=runtime.trace.dropped,

@@ -15,6 +15,7 @@ map                       a copy of rank ``holder`` on this node: whether it was
 transfer.begin            at the receiver: ``peer`` ``offset`` ``end``; of a reduce also ``slot`` ``generation``, else ``version``
 transfer.first            its first bytes are valid here
 transfer.stalled          the sender lives but sends nothing: another one is looked for
+transfer.corrupt          bytes ``at`` that offset have another checksum than where they were made: they are asked for again
 transfer.end              ``progress``: valid up to there; ``why``: complete, or what ended it
 serve.begin, serve.end    at the sender: ``peer`` ``offset`` ``end``, ``had`` bytes of ``nbytes`` then, ``complete``; ``posted`` chunks
 reduce                    asked for here: ``sources``, ``num_objects``

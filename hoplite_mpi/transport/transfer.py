@@ -6,6 +6,11 @@ posted, so that the receiver can take exactly those and nothing is left under wa
 
 Who owns a buffer: only an unmatched receive can be cancelled. A matched one from a peer that has died or stopped may go on
 writing, so its region is quarantined and the prefix that had arrived moves to a new one (*tainted* in `Incoming.on_end`).
+
+Checksums, where the receiver asks for them, come in control messages, ahead of the chunks: a stream whose sums are known needs one for
+256 MiB, and what is counted, stopped and drained stays the chunks alone. A chunk counts as received when it is verified. A corrupt one is
+fetched again from the same sender, by a transfer of its own, its *repair*, while the others go on: it may have been the way. If that is
+corrupt, too, it is the sender: the transfer ends, once what it has posted is taken, so that the next one has the buffers for itself.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 from mpi4py import MPI
 
+from hoplite_mpi.checksums import BLOCK, Sums
 from hoplite_mpi.testing import fault
 from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport.engine import Engine
@@ -28,11 +34,17 @@ from hoplite_mpi.transport.sidechannel import PeerKey
 if TYPE_CHECKING:
     from hoplite_mpi.transport.gauge import Gauge
 
-__all__ = ["PROBE", "REFUSE", "Incoming", "Stream", "Transfers"]
+__all__ = ["CORRUPT", "PROBE", "REFUSE", "Incoming", "Stream", "Transfers"]
 
 log = logging.getLogger("hoplite_mpi.transfer")
 
-_PULL, _STOP, _STOPPED = range(3)
+_PULL, _STOP, _STOPPED, _SUMS = range(4)
+
+#: why a transfer ended that brought bytes with a wrong checksum
+CORRUPT = "corrupt"
+
+#: most blocks whose sums one message has
+_SUMS_AT_ONCE = 4096
 
 #: what `find` answers for a stream that will not be here (again)
 REFUSE = object()
@@ -47,8 +59,18 @@ class Stream:
     `keep` holds what keeps the bytes in place (a pin, a region).
     """
 
-    def __init__(self, engine: Engine, key: bytes, data: memoryview, progress: int = 0, keep: Any = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        key: bytes,
+        data: memoryview,
+        progress: int = 0,
+        keep: Any = None,
+        sums: Sums | None = None,
+    ) -> None:
         self.key = key
+        #: of its bytes, made where they were; None: nobody has asked for them
+        self.sums = sums
         self.data = data
         self.keep = keep
         #: bytes [0, progress) are valid; only grows
@@ -86,6 +108,16 @@ class Incoming:
     on_progress: Callable[[int], None]
     #: told (None, False) when all is there, else (why not, tainted): a tainted buffer may still be written to by MPI
     on_end: Callable[[str | None, bool], None]
+    #: what the bytes have to agree with; None: they are not verified
+    sums: Sums | None = None
+    #: chunks that have come before their sums
+    unverified: dict[int, memoryview] = field(default_factory=dict)
+    #: chunk → the transfer that fetches it again; it writes where this one does
+    repairs: dict[int, Incoming] = field(default_factory=dict)
+    #: this is one
+    is_repair: bool = False
+    #: MPI may go on writing for one of them that has ended
+    tainted: bool = False
     posted: int = 0
     progress: int = 0
     arrived: set[int] = field(default_factory=set)
@@ -102,12 +134,15 @@ class Incoming:
     watchdog: Timer | None = None
     seen: int = -1
     probe: bool = False
-    #: nothing of it is valid here yet
-    first: bool = True
 
     @property
     def chunks(self) -> int:
         return -(-(self.end - self.offset) // self.chunk)
+
+    @property
+    def written(self) -> bool:
+        """Whether receives are posted that write where it was told to."""
+        return bool(self.pending) or any(repair.pending for repair in self.repairs.values())
 
     def span(self, index: int) -> tuple[int, int]:
         start = self.offset + index * self.chunk
@@ -119,6 +154,8 @@ class _Outgoing:
     link: Link
     number: int
     changed: Signal
+    #: the receiver wants checksums
+    summed: bool
     stopped: bool = False
     posted: int = 0
     #: its stream was found, and the trace told
@@ -170,6 +207,9 @@ class Transfers:
         #: those that ended before all was there
         self.failed = 0
         self.stalled = 0
+        self.corrupt = 0
+        #: peers that were told of to have another setting
+        self._differ: set[PeerKey] = set()
 
     @property
     def busy(self) -> bool:
@@ -190,16 +230,20 @@ class Transfers:
         on_end: Callable[[str | None, bool], None],
         watch: bool = True,
         allowed: int | None = None,
+        sums: Sums | None = None,
     ) -> Incoming:
         """Ask the peer for bytes [offset, end) of a stream.
 
         watch: give up after `Config.stall_timeout` without progress; allowed: chunks to take before `allow` says more.
+        sums: verify what comes, and put its sums there; *offset* and *chunk* are whole blocks then, or *chunk* reaches to the end.
         """
         self._last_number += 1
         incoming = Incoming(
             self._last_number, link, self._fabric.new_tag(link), key, offset, end, chunk, buffer_of, on_progress, on_end
         )
-        incoming.progress, incoming.allowed, incoming.probe = offset, allowed, key == PROBE
+        incoming.progress, incoming.allowed, incoming.probe, incoming.sums = offset, allowed, key == PROBE, sums
+        if sums is not None:
+            sums.forget(offset)  # those of an older sender
         if incoming.probe:
             self.probes += 1
         else:
@@ -214,7 +258,7 @@ class Transfers:
             self._engine.after(0, lambda: self._finish(incoming, "peer lost"))
             return incoming
         self._refill(incoming)
-        request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk]
+        request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk, sums is not None]
         self._fabric.send(link.peer, self._channel, msgpack.packb(request))
         if offset >= end:
             self._engine.after(0, lambda: self._finish(incoming, None))
@@ -235,11 +279,20 @@ class Transfers:
 
     def stop(self, incoming: Incoming, reason: str = "stopped") -> None:
         """Give a transfer up, without a report; what the sender has posted is still taken, into the same buffers."""
-        if incoming.ended or incoming.stopping is not None:
+        if incoming.ended or incoming.draining:
+            return
+        incoming.draining = True
+        self._give_up(incoming, reason)
+
+    def _give_up(self, incoming: Incoming, reason: str) -> None:
+        """Take what the sender has posted, and nothing more."""
+        if incoming.stopping is not None:
             return
         incoming.stopping = reason
-        incoming.draining = True
+        incoming.unverified.clear()
         self._fabric.send(incoming.link.peer, self._channel, msgpack.packb([_STOP, incoming.number]))
+        for repair in incoming.repairs.values():
+            self._give_up(repair, reason)
 
     def _refill(self, incoming: Incoming) -> None:
         link = incoming.link
@@ -268,30 +321,110 @@ class Transfers:
         if error is not None:
             self._finish(incoming, f"receive failed: {error}")
             return
-        incoming.arrived.add(index)
         if not incoming.probe:
             self.bytes_received += len(buffer)
             if self.gauge is not None:
                 self.gauge.received(incoming.link, len(buffer))
             fault.point("transfer.chunk_received")
-        first = (incoming.progress - incoming.offset) // incoming.chunk if incoming.progress < incoming.end else -1
-        moved = False
+            fault.corrupt("transfer.chunk_corrupt", buffer)
+        if incoming.stopping is None and incoming.sums is not None:
+            incoming.unverified[index] = buffer
+            self._verify(incoming, incoming.sums)
+        elif incoming.stopping is None:
+            incoming.arrived.add(index)
+            self._advance(incoming)
+        self._proceed(incoming)
+
+    def _verify(self, incoming: Incoming, sums: Sums) -> None:
+        """Look at the chunks whose sums are here."""
+        for index in sorted(incoming.unverified):
+            start, stop = incoming.span(index)
+            if not sums.known(start, stop):
+                continue
+            buffer = incoming.unverified.pop(index)
+            wrong = sums.wrong(buffer, start)
+            if wrong is None:
+                fault.corrupt("transfer.verified", buffer)
+                incoming.arrived.add(index)
+                self._advance(incoming)
+                continue
+            self._note_corrupt(incoming, wrong)
+            if incoming.is_repair:
+                self._give_up(incoming, CORRUPT)
+                return
+            self._repair(incoming, index)
+
+    def _advance(self, incoming: Incoming) -> None:
+        """Say how far the bytes are here, and right, without a gap."""
+        first = (incoming.progress - incoming.offset) // incoming.chunk
+        before = incoming.progress
         while first in incoming.arrived:
             incoming.arrived.discard(first)
             incoming.progress = incoming.span(first)[1]
             first += 1
-            moved = True
-        if incoming.stopping is None and moved:
+        if incoming.progress > before:
             incoming.on_progress(incoming.progress)
-            if self.trace.on and incoming.first and not incoming.probe:
-                incoming.first = False
+            if self.trace.on and before == incoming.offset and not incoming.probe:
                 self._note("transfer.first", incoming)
-        if incoming.progress >= incoming.end:
-            self._finish(incoming, incoming.stopping)
-        elif incoming.limit is not None and not incoming.pending and incoming.posted >= incoming.limit:
+
+    def _proceed(self, incoming: Incoming) -> None:
+        """Go on after a chunk or what was said about chunks: receive more, or end."""
+        limit = incoming.chunks if incoming.limit is None else incoming.limit
+        taken = not incoming.pending and not incoming.repairs and incoming.posted >= limit
+        if incoming.stopping is None and incoming.progress >= incoming.end:
+            self._finish(incoming, None)
+        elif taken and (incoming.stopping is not None or incoming.limit is not None):
             self._finish(incoming, incoming.stopping or "the sender stopped")
         else:
             self._refill(incoming)
+
+    def _note_corrupt(self, incoming: Incoming, offset: int) -> None:
+        self.corrupt += 1
+        name = ", ".join(f"{one} {value}" for one, value in self._name_of(incoming.key).items())
+        log.warning("bytes of %s from rank %d.%d have a wrong checksum at offset %d", name, *incoming.link.peer, offset)
+        if self.trace.on:
+            self._note("transfer.corrupt", incoming, at=offset)
+
+    def _repair(self, incoming: Incoming, index: int) -> None:
+        """Fetch a corrupt chunk again from the same sender."""
+        start, stop = incoming.span(index)
+        assert incoming.sums is not None
+        sums, own = (
+            Sums(incoming.end),
+            incoming.sums,
+        )  # what the sender says of it now: the sum may have been what was wrong
+
+        def ended(reason: str | None, tainted: bool) -> None:
+            del incoming.repairs[index]
+            incoming.tainted = incoming.tainted or tainted
+            if incoming.ended or incoming.link.down:
+                return
+            if incoming.stopping is not None:
+                pass
+            elif reason is None:
+                own.take(start, sums.pack(start, -(-(stop - start) // BLOCK))[0])
+                incoming.arrived.add(index)
+                self._advance(incoming)
+            else:
+                self._give_up(incoming, reason)
+                self._engine.after(self._engine.config.stall_timeout, lambda: self._stuck(incoming))
+            self._proceed(incoming)
+
+        repair = self.pull(
+            *(incoming.link, incoming.key, start, stop, incoming.chunk, incoming.buffer_of),
+            on_progress=lambda progress: None,
+            on_end=ended,
+            watch=False,
+            sums=sums,
+        )
+        repair.is_repair = True
+        incoming.repairs[index] = repair
+
+    def _stuck(self, incoming: Incoming) -> None:
+        """The sender of a transfer that was given up for a repair should have said by now what it had posted."""
+        if not (incoming.ended or incoming.draining):
+            incoming.draining = True
+            incoming.on_end(incoming.stopping, incoming.written)
 
     def _watch(self, incoming: Incoming) -> None:
         def check() -> None:
@@ -311,11 +444,13 @@ class Transfers:
     def _route_around(self, incoming: Incoming) -> None:
         """Give up on a sender that lives but does not send: its chunks are taken, and thrown away, when it wakes."""
         self.stop(incoming, "stalled")
-        incoming.on_end("stalled", bool(incoming.pending))
+        incoming.on_end("stalled", incoming.written)
 
     def _sender_died(self, incoming: Incoming) -> None:
         """Cancel the receives from a dead peer. A matched one stays, and may go on writing if the peer was only stopped."""
-        tainted = False
+        for repair in list(incoming.repairs.values()):
+            self._sender_died(repair)
+        tainted = incoming.tainted
         for callback in list(incoming.pending.values()):
             request = self._engine.unwatch(callback)
             if request is None:
@@ -363,8 +498,10 @@ class Transfers:
         kind, number, *rest = msgpack.unpackb(payload)
         link = self._fabric.link(peer)
         if kind == _PULL:
-            tag, key, offset, end, chunk = rest
-            outgoing = self._outgoing[peer, number] = _Outgoing(link, number, Signal(self._engine))
+            tag, key, offset, end, chunk, summed = rest
+            outgoing = self._outgoing[peer, number] = _Outgoing(link, number, Signal(self._engine), summed)
+            if key != PROBE and summed != self._engine.config.checksums:
+                self._say_that_they_differ(peer, summed)
             self._engine.spawn(self._serve(outgoing, tag, key, offset, end, chunk))
         elif kind == _STOP:
             stopped = self._outgoing.get((peer, number))
@@ -374,6 +511,21 @@ class Transfers:
             incoming = self._incoming.get(number)
             if incoming is not None and not incoming.ended:
                 self._sender_stopped(incoming, rest[0])
+        elif kind == _SUMS:
+            incoming = self._incoming.get(number)
+            if incoming is not None and not incoming.ended:
+                self._take_sums(incoming, *rest)
+
+    def _say_that_they_differ(self, peer: PeerKey, summed: bool) -> None:
+        """Say, once for each peer, that it has another setting; it is served as it asks."""
+        if peer not in self._differ:
+            self._differ.add(peer)
+            log.warning(
+                "rank %d.%d verifies what it receives: %s, and this rank: %s. Give all ranks the same Config.checksums: "
+                "sums that are not made where the bytes are made don't cover all of their way",
+                *peer,
+                *("yes" if one else "no" for one in (summed, not summed)),
+            )
 
     def _sender_stopped(self, incoming: Incoming, posted: int) -> None:
         """Take the chunks that are under way, cancel the receives for those that aren't."""
@@ -385,10 +537,13 @@ class Transfers:
                     request.Cancel()
                     request.Wait()
                 incoming.posted -= 1
-        if not incoming.pending and incoming.posted >= posted:
-            self._finish(incoming, incoming.stopping or "the sender stopped")
-        else:
-            self._refill(incoming)
+        self._proceed(incoming)
+
+    def _take_sums(self, incoming: Incoming, start: int, packed: bytes) -> None:
+        if incoming.sums is not None and incoming.stopping is None:
+            incoming.sums.take(start, packed)
+            self._verify(incoming, incoming.sums)
+            self._proceed(incoming)
 
     async def _serve(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
         link, number = outgoing.link, outgoing.number
@@ -426,7 +581,7 @@ class Transfers:
             in_flight -= 1
             changed.fire()
 
-        position = offset
+        position = told = offset
         while position < end:
             stop = min(position + chunk, end)
             while stream.progress < stop and not (stream.broken or over()):
@@ -436,6 +591,8 @@ class Transfers:
                 await changed
             if stream.broken or over():
                 return False
+            while outgoing.summed and told < stop:
+                told = self._tell_sums(outgoing, stream, told, stop)
             if key != PROBE:
                 fault.point("transfer.chunk_sent")
                 self.bytes_sent += stop - position
@@ -445,6 +602,15 @@ class Transfers:
             outgoing.posted += 1
             position = stop
         return True
+
+    def _tell_sums(self, outgoing: _Outgoing, stream: Stream, start: int, stop: int) -> int:
+        """Send the sums of bytes [start, stop), and of those behind it that are known; return where they end."""
+        if stream.sums is None:
+            stream.sums = Sums(len(stream.data))
+        stream.sums.make(stream.data, start, stop)  # what no producer has made
+        packed, told = stream.sums.pack(start, _SUMS_AT_ONCE)
+        self._fabric.send(outgoing.link.peer, self._channel, msgpack.packb([_SUMS, outgoing.number, start, packed]))
+        return told
 
     def _serving(self, outgoing: _Outgoing, key: bytes, stream: Stream, offset: int, end: int) -> None:
         """Trace that a stream is being sent, and how much of it is here now."""
