@@ -66,7 +66,8 @@ class Config:
     #: keep the last events of each rank, `trace_limit` of them, for `ObjectStore.trace`
     trace: bool = False
     trace_limit: int = 100_000
-    #: verify all bytes that come from other ranks against sums made where they were made; the same on all ranks
+    #: verify the bytes of objects that come from other ranks against sums made where they were made, and each control message
+    #: against one of its sender; the same on all ranks
     checksums: bool = False
     #: seconds without traffic after which the engine stops polling and blocks
     spin_time: float = 0.002

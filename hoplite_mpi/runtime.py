@@ -76,6 +76,7 @@ class Runtime:
         )
         self.gauge = Gauge(self.engine, self.transfers, place.rank, self._on_this_node, self._measured)
         self.fabric.on_up = self.gauge.up
+        self.fabric.on_corrupt = self._corrupt_message
         self.joiner = Joiner(
             self.engine,
             self.side,
@@ -316,6 +317,10 @@ class Runtime:
         self.on_no_memory(oid, error)
 
     # -- side channel and links ----------------------------------------------------------------------------------------------
+
+    def _corrupt_message(self, peer: PeerKey) -> None:
+        text = "a control message of rank {}.{} came with a wrong checksum: what it said is lost, and this rank with it"
+        self._close(HopliteError(text.format(*peer)))
 
     def _control_message(self, peer: PeerKey, channel: int, payload: bytes) -> None:
         if channel == _TRANSFER:
