@@ -17,7 +17,8 @@ from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
-from hoplite_mpi.transport.transfer import CORRUPT, REFUSE, Incoming, Stream, Transfers
+from hoplite_mpi.transport.streams import CORRUPT, REFUSE, Incoming, Stream
+from hoplite_mpi.transport.transfer import Transfers
 from hoplite_mpi.values import equal
 
 __all__ = ["Copy", "Objects", "Ready", "object_key", "object_of"]

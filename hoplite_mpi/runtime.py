@@ -37,7 +37,8 @@ from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
 from hoplite_mpi.transport.primitives import Ordered
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
-from hoplite_mpi.transport.transfer import PROBE, Transfers
+from hoplite_mpi.transport.streams import PROBE
+from hoplite_mpi.transport.transfer import Transfers
 
 __all__ = ["Runtime"]
 

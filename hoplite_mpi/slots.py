@@ -26,7 +26,8 @@ from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
 from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
-from hoplite_mpi.transport.transfer import CORRUPT, REFUSE, Incoming, Stream, Transfers
+from hoplite_mpi.transport.streams import CORRUPT, REFUSE, Incoming, Stream
+from hoplite_mpi.transport.transfer import Transfers
 
 __all__ = ["Slots", "slot_key", "slot_of"]
 

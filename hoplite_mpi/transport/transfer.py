@@ -7,163 +7,36 @@ posted, so that the receiver can take exactly those and nothing is left under wa
 Who owns a buffer: only an unmatched receive can be cancelled. A matched one from a peer that has died or stopped may go on
 writing, so its region is quarantined and the prefix that had arrived moves to a new one (*tainted* in `Incoming.on_end`).
 
-Checksums, where the receiver asks for them, come in control messages, ahead of the chunks: a stream whose sums are known needs one for
-256 MiB, and what is counted, stopped and drained stays the chunks alone. A chunk counts as received when it is verified. A corrupt one is
-fetched again from the same sender, by a transfer of its own, its *repair*, while the others go on: it may have been the way. If that is
-corrupt, too, it is the sender: the transfer ends, once what it has posted is taken, so that the next one has the buffers for itself.
+Checksums: see `hoplite_mpi.transport.verifying`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 from mpi4py import MPI
 
-from hoplite_mpi.checksums import BLOCK, Sums
+from hoplite_mpi.checksums import Sums
 from hoplite_mpi.testing import fault
 from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric, Link
-from hoplite_mpi.transport.primitives import Signal, Timer
+from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
+from hoplite_mpi.transport.streams import PROBE, REFUSE, Incoming, Outgoing, Stream
+from hoplite_mpi.transport.verifying import Verifier, sums_of
 
 if TYPE_CHECKING:
     from hoplite_mpi.transport.gauge import Gauge
 
-__all__ = ["CORRUPT", "PROBE", "REFUSE", "Incoming", "Stream", "Transfers"]
+__all__ = ["Transfers"]
 
 log = logging.getLogger("hoplite_mpi.transfer")
 
 _PULL, _STOP, _STOPPED, _SUMS = range(4)
-
-#: why a transfer ended that brought bytes with a wrong checksum
-CORRUPT = "corrupt"
-
-#: most blocks whose sums one message has
-_SUMS_AT_ONCE = 4096
-
-#: what `find` answers for a stream that will not be here (again)
-REFUSE = object()
-
-#: name of the stream that measures a link: no fault point, and no counter but `Transfers.probes`, knows of it
-PROBE = b"p"
-
-
-class Stream:
-    """Bytes that others can pull while they grow: an object, or a partial result of a reduce.
-
-    `keep` holds what keeps the bytes in place (a pin, a region).
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        key: bytes,
-        data: memoryview,
-        progress: int = 0,
-        keep: Any = None,
-        sums: Sums | None = None,
-    ) -> None:
-        self.key = key
-        #: of its bytes, made where they were; None: nobody has asked for them
-        self.sums = sums
-        self.data = data
-        self.keep = keep
-        #: bytes [0, progress) are valid; only grows
-        self.progress = progress
-        #: the stream ended before its end: what was pulled from it is void
-        self.broken = False
-        self.changed = Signal(engine)
-
-    def advance(self, progress: int) -> None:
-        """Say that more bytes are valid."""
-        if progress > self.progress:
-            self.progress = progress
-            self.changed.fire()
-
-    def fail(self) -> None:
-        """Say that no more bytes are coming."""
-        self.broken = True
-        self.changed.fire()
-
-
-@dataclass(eq=False)
-class Incoming:
-    """One transfer at its receiver. Bytes [offset, offset + n) of the stream go where *buffer_of* says."""
-
-    number: int
-    link: Link
-    tag: int
-    key: bytes
-    offset: int
-    end: int
-    chunk: int
-    #: returns where the chunk at that offset goes
-    buffer_of: Callable[[int, int], memoryview]
-    #: told how far the stream is here, in order
-    on_progress: Callable[[int], None]
-    #: told (None, False) when all is there, else (why not, tainted): a tainted buffer may still be written to by MPI
-    on_end: Callable[[str | None, bool], None]
-    #: what the bytes have to agree with; None: they are not verified
-    sums: Sums | None = None
-    #: chunks that have come before their sums
-    unverified: dict[int, memoryview] = field(default_factory=dict)
-    #: chunk → the transfer that fetches it again; it writes where this one does
-    repairs: dict[int, Incoming] = field(default_factory=dict)
-    #: this is one
-    is_repair: bool = False
-    #: MPI may go on writing for one of them that has ended
-    tainted: bool = False
-    posted: int = 0
-    progress: int = 0
-    arrived: set[int] = field(default_factory=set)
-    pending: dict[int, Callable[[BaseException | None], None]] = field(default_factory=dict)
-    #: chunks that may be received now (None: all): what bounds the buffers of a reader slower than the sender
-    allowed: int | None = None
-    #: chunks that the sender said it had posted when it stopped
-    limit: int | None = None
-    ended: bool = False
-    #: given up here, and why: what still arrives is not wanted
-    stopping: str | None = None
-    #: `on_end` has been told; what the sender has posted is taken so that nothing stays under way
-    draining: bool = False
-    watchdog: Timer | None = None
-    seen: int = -1
-    probe: bool = False
-
-    @property
-    def chunks(self) -> int:
-        return -(-(self.end - self.offset) // self.chunk)
-
-    @property
-    def written(self) -> bool:
-        """Whether receives are posted that write where it was told to."""
-        return bool(self.pending) or any(repair.pending for repair in self.repairs.values())
-
-    def span(self, index: int) -> tuple[int, int]:
-        start = self.offset + index * self.chunk
-        return start, min(start + self.chunk, self.end)
-
-
-@dataclass(eq=False)
-class _Outgoing:
-    link: Link
-    number: int
-    changed: Signal
-    #: the receiver wants checksums
-    summed: bool
-    stopped: bool = False
-    posted: int = 0
-    #: its stream was found, and the trace told
-    began: bool = False
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.changed.fire()
 
 
 class Transfers:
@@ -189,7 +62,7 @@ class Transfers:
         #: fire it when a stream has come that was not here
         self.appeared = Signal(engine)
         self._incoming: dict[int, Incoming] = {}
-        self._outgoing: dict[tuple[PeerKey, int], _Outgoing] = {}
+        self._outgoing: dict[tuple[PeerKey, int], Outgoing] = {}
         self._last_number = 0
         #: matched receives of dead peers and their buffers: MPI may write there until the process ends
         self._quarantine: list[Any] = []
@@ -208,8 +81,7 @@ class Transfers:
         self.failed = 0
         self.stalled = 0
         self.corrupt = 0
-        #: peers that were told of to have another setting
-        self._differ: set[PeerKey] = set()
+        self._verifier = Verifier(self, engine)
 
     @property
     def busy(self) -> bool:
@@ -250,7 +122,7 @@ class Transfers:
             self.started += 1
             self.resumed += offset > 0
             if self.trace.on:
-                self._note("transfer.begin", incoming, end=end)
+                self.note("transfer.begin", incoming, end=end)
             if self.gauge is not None:
                 self.gauge.began(link)
         self._incoming[incoming.number] = incoming
@@ -282,9 +154,9 @@ class Transfers:
         if incoming.ended or incoming.draining:
             return
         incoming.draining = True
-        self._give_up(incoming, reason)
+        self.give_up(incoming, reason)
 
-    def _give_up(self, incoming: Incoming, reason: str) -> None:
+    def give_up(self, incoming: Incoming, reason: str) -> None:
         """Take what the sender has posted, and nothing more."""
         if incoming.stopping is not None:
             return
@@ -292,7 +164,7 @@ class Transfers:
         incoming.unverified.clear()
         self._fabric.send(incoming.link.peer, self._channel, msgpack.packb([_STOP, incoming.number]))
         for repair in incoming.repairs.values():
-            self._give_up(repair, reason)
+            self.give_up(repair, reason)
 
     def _refill(self, incoming: Incoming) -> None:
         link = incoming.link
@@ -329,32 +201,13 @@ class Transfers:
             fault.corrupt("transfer.chunk_corrupt", buffer)
         if incoming.stopping is None and incoming.sums is not None:
             incoming.unverified[index] = buffer
-            self._verify(incoming, incoming.sums)
+            self._verifier.verify(incoming, incoming.sums)
         elif incoming.stopping is None:
             incoming.arrived.add(index)
-            self._advance(incoming)
-        self._proceed(incoming)
+            self.advance(incoming)
+        self.proceed(incoming)
 
-    def _verify(self, incoming: Incoming, sums: Sums) -> None:
-        """Look at the chunks whose sums are here."""
-        for index in sorted(incoming.unverified):
-            start, stop = incoming.span(index)
-            if not sums.known(start, stop):
-                continue
-            buffer = incoming.unverified.pop(index)
-            wrong = sums.wrong(buffer, start)
-            if wrong is None:
-                fault.corrupt("transfer.verified", buffer)
-                incoming.arrived.add(index)
-                self._advance(incoming)
-                continue
-            self._note_corrupt(incoming, wrong)
-            if incoming.is_repair:
-                self._give_up(incoming, CORRUPT)
-                return
-            self._repair(incoming, index)
-
-    def _advance(self, incoming: Incoming) -> None:
+    def advance(self, incoming: Incoming) -> None:
         """Say how far the bytes are here, and right, without a gap."""
         first = (incoming.progress - incoming.offset) // incoming.chunk
         before = incoming.progress
@@ -365,9 +218,9 @@ class Transfers:
         if incoming.progress > before:
             incoming.on_progress(incoming.progress)
             if self.trace.on and before == incoming.offset and not incoming.probe:
-                self._note("transfer.first", incoming)
+                self.note("transfer.first", incoming)
 
-    def _proceed(self, incoming: Incoming) -> None:
+    def proceed(self, incoming: Incoming) -> None:
         """Go on after a chunk or what was said about chunks: receive more, or end."""
         limit = incoming.chunks if incoming.limit is None else incoming.limit
         taken = not incoming.pending and not incoming.repairs and incoming.posted >= limit
@@ -378,54 +231,6 @@ class Transfers:
         else:
             self._refill(incoming)
 
-    def _note_corrupt(self, incoming: Incoming, offset: int) -> None:
-        self.corrupt += 1
-        name = ", ".join(f"{one} {value}" for one, value in self._name_of(incoming.key).items())
-        log.warning("bytes of %s from rank %d.%d have a wrong checksum at offset %d", name, *incoming.link.peer, offset)
-        if self.trace.on:
-            self._note("transfer.corrupt", incoming, at=offset)
-
-    def _repair(self, incoming: Incoming, index: int) -> None:
-        """Fetch a corrupt chunk again from the same sender."""
-        start, stop = incoming.span(index)
-        assert incoming.sums is not None
-        sums, own = (
-            Sums(incoming.end),
-            incoming.sums,
-        )  # what the sender says of it now: the sum may have been what was wrong
-
-        def ended(reason: str | None, tainted: bool) -> None:
-            del incoming.repairs[index]
-            incoming.tainted = incoming.tainted or tainted
-            if incoming.ended or incoming.link.down:
-                return
-            if incoming.stopping is not None:
-                pass
-            elif reason is None:
-                own.take(start, sums.pack(start, -(-(stop - start) // BLOCK))[0])
-                incoming.arrived.add(index)
-                self._advance(incoming)
-            else:
-                self._give_up(incoming, reason)
-                self._engine.after(self._engine.config.stall_timeout, lambda: self._stuck(incoming))
-            self._proceed(incoming)
-
-        repair = self.pull(
-            *(incoming.link, incoming.key, start, stop, incoming.chunk, incoming.buffer_of),
-            on_progress=lambda progress: None,
-            on_end=ended,
-            watch=False,
-            sums=sums,
-        )
-        repair.is_repair = True
-        incoming.repairs[index] = repair
-
-    def _stuck(self, incoming: Incoming) -> None:
-        """The sender of a transfer that was given up for a repair should have said by now what it had posted."""
-        if not (incoming.ended or incoming.draining):
-            incoming.draining = True
-            incoming.on_end(incoming.stopping, incoming.written)
-
     def _watch(self, incoming: Incoming) -> None:
         def check() -> None:
             if incoming.ended or incoming.stopping is not None:
@@ -433,7 +238,7 @@ class Transfers:
             if incoming.progress == incoming.seen and incoming.link.comm is not None:
                 self.stalled += not incoming.probe
                 if self.trace.on and not incoming.probe:
-                    self._note("transfer.stalled", incoming)
+                    self.note("transfer.stalled", incoming)
                 self._route_around(incoming)
                 return
             incoming.seen = incoming.progress if incoming.link.comm is not None else -1
@@ -482,11 +287,15 @@ class Transfers:
         self.completed += reason is None
         self.failed += reason is not None
         if self.trace.on:
-            self._note("transfer.end", incoming, progress=incoming.progress, why=reason or "complete")
+            self.note("transfer.end", incoming, progress=incoming.progress, why=reason or "complete")
         if self.gauge is not None:
             self.gauge.ended(incoming.link)
 
-    def _note(self, name: str, incoming: Incoming, **fields: Any) -> None:
+    def name(self, incoming: Incoming) -> str:
+        """Return what it brings, for logs."""
+        return ", ".join(f"{one} {value}" for one, value in self._name_of(incoming.key).items())
+
+    def note(self, name: str, incoming: Incoming, **fields: Any) -> None:
         """Trace something about a transfer."""
         peer, offset = incoming.link.peer[0], incoming.offset
         self.trace.event(name, id=incoming.number, peer=peer, offset=offset, **self._name_of(incoming.key), **fields)
@@ -499,9 +308,9 @@ class Transfers:
         link = self._fabric.link(peer)
         if kind == _PULL:
             tag, key, offset, end, chunk, summed = rest
-            outgoing = self._outgoing[peer, number] = _Outgoing(link, number, Signal(self._engine), summed)
+            outgoing = self._outgoing[peer, number] = Outgoing(link, number, Signal(self._engine), summed)
             if key != PROBE and summed != self._engine.config.checksums:
-                self._say_that_they_differ(peer, summed)
+                self._verifier.say_that_they_differ(peer, summed)
             self._engine.spawn(self._serve(outgoing, tag, key, offset, end, chunk))
         elif kind == _STOP:
             stopped = self._outgoing.get((peer, number))
@@ -514,18 +323,7 @@ class Transfers:
         elif kind == _SUMS:
             incoming = self._incoming.get(number)
             if incoming is not None and not incoming.ended:
-                self._take_sums(incoming, *rest)
-
-    def _say_that_they_differ(self, peer: PeerKey, summed: bool) -> None:
-        """Say, once for each peer, that it has another setting; it is served as it asks."""
-        if peer not in self._differ:
-            self._differ.add(peer)
-            log.warning(
-                "rank %d.%d verifies what it receives: %s, and this rank: %s. Give all ranks the same Config.checksums: "
-                "sums that are not made where the bytes are made don't cover all of their way",
-                *peer,
-                *("yes" if one else "no" for one in (summed, not summed)),
-            )
+                self._verifier.take(incoming, *rest)
 
     def _sender_stopped(self, incoming: Incoming, posted: int) -> None:
         """Take the chunks that are under way, cancel the receives for those that aren't."""
@@ -537,15 +335,9 @@ class Transfers:
                     request.Cancel()
                     request.Wait()
                 incoming.posted -= 1
-        self._proceed(incoming)
+        self.proceed(incoming)
 
-    def _take_sums(self, incoming: Incoming, start: int, packed: bytes) -> None:
-        if incoming.sums is not None and incoming.stopping is None:
-            incoming.sums.take(start, packed)
-            self._verify(incoming, incoming.sums)
-            self._proceed(incoming)
-
-    async def _serve(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
+    async def _serve(self, outgoing: Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
         link, number = outgoing.link, outgoing.number
         self.probes += key == PROBE
         try:
@@ -559,7 +351,7 @@ class Transfers:
         if not complete and not link.down:
             self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
 
-    async def _send_all(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
+    async def _send_all(self, outgoing: Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
         """Send [offset, end); return whether all of it was posted."""
         link, changed = outgoing.link, outgoing.changed
 
@@ -592,7 +384,9 @@ class Transfers:
             if stream.broken or over():
                 return False
             while outgoing.summed and told < stop:
-                told = self._tell_sums(outgoing, stream, told, stop)
+                packed, end_of_sums = sums_of(stream, told, stop)
+                self._fabric.send(link.peer, self._channel, msgpack.packb([_SUMS, outgoing.number, told, packed]))
+                told = end_of_sums
             if key != PROBE:
                 fault.point("transfer.chunk_sent")
                 self.bytes_sent += stop - position
@@ -603,16 +397,7 @@ class Transfers:
             position = stop
         return True
 
-    def _tell_sums(self, outgoing: _Outgoing, stream: Stream, start: int, stop: int) -> int:
-        """Send the sums of bytes [start, stop), and of those behind it that are known; return where they end."""
-        if stream.sums is None:
-            stream.sums = Sums(len(stream.data))
-        stream.sums.make(stream.data, start, stop)  # what no producer has made
-        packed, told = stream.sums.pack(start, _SUMS_AT_ONCE)
-        self._fabric.send(outgoing.link.peer, self._channel, msgpack.packb([_SUMS, outgoing.number, start, packed]))
-        return told
-
-    def _serving(self, outgoing: _Outgoing, key: bytes, stream: Stream, offset: int, end: int) -> None:
+    def _serving(self, outgoing: Outgoing, key: bytes, stream: Stream, offset: int, end: int) -> None:
         """Trace that a stream is being sent, and how much of it is here now."""
         self.trace.event(
             "serve.begin",
