@@ -21,6 +21,7 @@ from hoplite_mpi._version import __version__
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
     ClosedError,
+    CorruptObjectError,
     EvictedError,
     GetTimeoutError,
     HopliteError,
@@ -64,6 +65,7 @@ __all__ = [
     "SUM",
     "ClosedError",
     "Config",
+    "CorruptObjectError",
     "EvictedError",
     "GetTimeoutError",
     "HopliteError",

@@ -24,6 +24,15 @@ class _Default:
 DEFAULT = _Default()
 
 
+def _truth(text: str) -> bool:
+    """Return what a yes or no in the environment means; ValueError for anything else."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError(text)
+
+
 @dataclass(frozen=True)
 class Config:
     """Settings of a store. Each can be given in the environment as ``HOPLITE_<FIELD>``, which wins.
@@ -57,6 +66,12 @@ class Config:
     #: shape of reduces that ask for none, and its degree, see `ObjectStore.reduce`; None: what the cost model says
     reduce_shape: str | None = None
     reduce_degree: int | None = None
+    #: keep the last events of each rank, `trace_limit` of them, for `ObjectStore.trace`
+    trace: bool = False
+    trace_limit: int = 100_000
+    #: verify the bytes of objects that come from other ranks against sums made where they were made, and each control message
+    #: against one of its sender; the same on all ranks
+    checksums: bool = False
     #: seconds without traffic after which the engine stops polling and blocks
     spin_time: float = 0.002
     #: seconds between the polls of a blocked engine (safety net beside the doorbell)
@@ -66,6 +81,8 @@ class Config:
     evict_patience: float = 0.25
     #: a transfer without progress for this long is routed around
     stall_timeout: float = 1.0
+    #: bytes that come corrupt again and again for this long, from whoever has them, are given up
+    corrupt_timeout: float = 30.0
     #: silence on the side channel for this long, after the kernel's keepalive, proves a dead host
     keepalive_timeout: float = 3.0
     #: one accept/connect
@@ -80,7 +97,7 @@ class Config:
     default_timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "window", "inline_limit"):
+        for name in ("chunk_size", "window", "inline_limit", "trace_limit"):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "inline_limit" else 1):
                 raise ValueError(f"Config.{name} = {getattr(self, name)} is out of range")
@@ -104,9 +121,9 @@ class Config:
             text = os.environ.get(f"HOPLITE_{field.name.upper()}")
             if text is None:
                 continue
-            kind = next((one for one in (int, str) if one.__name__ in str(field.type)), float)
+            kind = next((one for one in (bool, int, str) if one.__name__ in str(field.type)), float)
             try:
-                changes[field.name] = None if text.lower() == "none" else kind(text)
+                changes[field.name] = None if text.lower() == "none" else _truth(text) if kind is bool else kind(text)
             except ValueError:
                 raise ValueError(
                     f"HOPLITE_{field.name.upper()}={text!r} in the environment is not a {kind.__name__}"

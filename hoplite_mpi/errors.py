@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ClosedError",
+    "CorruptObjectError",
     "EvictedError",
     "GetTimeoutError",
     "HopliteError",
@@ -34,6 +35,10 @@ class ObjectExistsError(HopliteError):
 
 class ObjectLostError(HopliteError):
     """Every copy of the object is gone and none is coming. Put it again to wake those who wait."""
+
+
+class CorruptObjectError(HopliteError):
+    """Bytes of the object came with a wrong checksum again and again, from every rank that was asked. A later get asks again."""
 
 
 class ReduceError(HopliteError):

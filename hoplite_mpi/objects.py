@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hoplite_mpi.errors import HopliteError
+from hoplite_mpi.checksums import Retries, Sums
+from hoplite_mpi.errors import CorruptObjectError, HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Memory, Pinned, Region
 from hoplite_mpi.meta import Meta
@@ -17,10 +18,11 @@ from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
-from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
+from hoplite_mpi.transport.streams import CORRUPT, REFUSE, Incoming, Stream
+from hoplite_mpi.transport.transfer import Transfers
 from hoplite_mpi.values import equal
 
-__all__ = ["Copy", "Objects", "Ready", "object_key"]
+__all__ = ["Copy", "Objects", "Ready", "object_key", "object_of"]
 
 log = logging.getLogger("hoplite_mpi.objects")
 
@@ -30,6 +32,12 @@ _KEY = struct.Struct(">c16sQ")
 def object_key(oid: ObjectID, version: int) -> bytes:
     """Return the name of an object's stream."""
     return _KEY.pack(b"o", bytes(oid), version)
+
+
+def object_of(key: bytes) -> dict[str, Any]:
+    """Return which object's stream has that name, for logs and traces."""
+    _, raw, version = _KEY.unpack(key)
+    return {"oid": ObjectID(raw), "version": version}
 
 
 @dataclass(eq=False)
@@ -45,6 +53,8 @@ class Copy:
     region: Region | None = None
     #: the bytes of a complete copy, while somebody pulls them: nothing else of this class pins them, so they may go to disk
     opened: Callable[[], Stream | None] = lambda: None
+    #: of the bytes of a complete copy, if any are known
+    sums: Sums | None = None
     #: what has just been read back, until who asked for it comes for it
     held: Stream | None = None
     #: attempt → transfer under way
@@ -53,6 +63,7 @@ class Copy:
     reserving: bool = False
     #: the transfer to be started then
     waiting: ev.StartTransfer | None = None
+    retries: Retries = field(default_factory=Retries)
 
     @property
     def complete(self) -> bool:
@@ -100,7 +111,7 @@ class Objects:
         self._memory = memory
         self._reserver = reserver
         self._handle = handle
-        #: told when there is no room to receive an object
+        #: told when an object can't be received: there is no room, or its bytes come corrupt from everywhere
         self._out_of_memory = out_of_memory
         self._copies: dict[ObjectID, Copy] = {}
         #: copies that are being read back from disk → who waits for that
@@ -125,10 +136,10 @@ class Objects:
             return REFUSE
         return None
 
-    def stored(self, oid: ObjectID, meta: Meta, version: int = 0) -> None:
-        """Take a sealed object of this node as a complete copy."""
+    def stored(self, oid: ObjectID, meta: Meta, version: int = 0, sums: Sums | None = None) -> None:
+        """Take a sealed object of this node as a complete copy. sums: of its bytes; None: made when somebody asks for them."""
         self._drop_other(oid, version)
-        self._copies[oid] = Copy(oid, version, meta)
+        self._copies[oid] = Copy(oid, version, meta, sums=sums)
         self._transfers.appeared.fire()
 
     def has(self, oid: ObjectID) -> bool:
@@ -172,7 +183,7 @@ class Objects:
 
     def _stream_of(self, copy: Copy, pinned: Pinned) -> Stream:
         key = object_key(copy.oid, copy.version)
-        stream = Stream(self._engine, key, pinned.buffer, copy.meta.nbytes, keep=pinned)
+        stream = Stream(self._engine, key, pinned.buffer, copy.meta.nbytes, keep=pinned, sums=copy.sums)
         copy.opened = weakref.ref(stream)
         return stream
 
@@ -219,7 +230,15 @@ class Objects:
         if copy is None or copy.version != what.version:
             self._drop_other(what.oid, what.version)
             stream = Stream(self._engine, object_key(what.oid, what.version), memoryview(b""))
+            stream.sums = Sums(what.meta.nbytes) if self._engine.config.checksums else None
             copy = self._copies[what.oid] = Copy(what.oid, what.version, what.meta, stream)
+            self._reserve(copy)
+        if copy.stream is None:  # it was completed just when the protocol had given up waiting for it
+            self._handle(ev.TransferDone(what.oid, what.version, what.attempt))
+            return
+        old = copy.incoming.values()
+        if copy.stream.sums is not None and not copy.reserving and any(incoming.written for incoming in old):
+            # what still comes of transfers that were given up is not verified: it may not end up here
             self._reserve(copy)
         if copy.reserving:
             copy.waiting = what
@@ -284,6 +303,7 @@ class Objects:
             buffer_of,
             stream.advance,
             ended,
+            sums=stream.sums,
         )
 
     def _transfer_ended(self, copy: Copy, what: ev.StartTransfer, reason: str | None, tainted: bool) -> None:
@@ -298,13 +318,31 @@ class Objects:
             self._forget(copy)
         else:
             log.info("transfer of %s from rank %d ended: %s", what.oid, what.sender, reason)
+            delay = 0.0 if reason != CORRUPT else self._retry(copy, what)
             if tainted and copy.region is not None:
                 # what has arrived moves to a new region
                 if incoming is None or not incoming.draining:
                     copy.region.quarantine()
                 self._reserve(copy, what)
                 return
+            if delay:
+                failed = ev.TransferFailed(what.oid, what.version, what.attempt)
+                self._engine.after(delay, lambda: self._handle(failed))
+                return
         self._handle(ev.TransferFailed(what.oid, what.version, what.attempt))
+
+    def _retry(self, copy: Copy, what: ev.StartTransfer) -> float:
+        """Return after how many seconds to ask again for bytes that came corrupt; whoever gets the object is told if it is in vain."""
+        timeout, stream = self._engine.config.corrupt_timeout, copy.stream
+        assert stream is not None, "it is complete"
+        delay = copy.retries.delay(stream.progress, timeout)
+        if delay is None:
+            text = (
+                f"{what.oid}: its bytes from offset {stream.progress} on have a wrong checksum whoever is asked for them, "
+                f"for {timeout:g} s; rank {what.sender} was the last"
+            )
+            self._out_of_memory(what.oid, CorruptObjectError(text))
+        return delay or 0.0
 
     def _sealed(self, copy: Copy, region: Region) -> bool:
         """Publish the bytes on this node; return whether the copy has them now, be it from another process of the node."""
@@ -314,6 +352,7 @@ class Objects:
             return False
         if copy.stream is not None:
             copy.stream.keep = pinned
+            copy.sums = copy.stream.sums
             copy.opened = weakref.ref(copy.stream)
         copy.region = copy.stream = None
         return True

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hoplite_mpi.checksums import Sums
 from hoplite_mpi.errors import ObjectDeletedError, ObjectExistsError, ObjectLostError
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
@@ -19,7 +20,7 @@ from hoplite_mpi.objects import object_key
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.runtime import Runtime
 from hoplite_mpi.testing import fault
-from hoplite_mpi.transport.transfer import Stream
+from hoplite_mpi.transport.streams import Stream
 from hoplite_mpi.values import equal
 from hoplite_mpi.waiting import Waiting
 
@@ -47,6 +48,7 @@ class Putter:
         self._memory = runtime.memory
         self._waiting = waiting
         self._locked = locked
+        self._counts = runtime.observer.counts
         #: ids that a thread is putting in pieces; another that puts the same one waits until that is over
         self._under_way: set[ObjectID] = set()
         self._ended = threading.Condition()
@@ -56,10 +58,14 @@ class Putter:
         if meta.nbytes <= self._runtime.config.inline_limit:
             self._announce(oid, meta, digest, bytes(source), None, confirm)
             return
+        # of the user's bytes, not of what became of them
+        sums = Sums(meta.nbytes) if self._runtime.config.checksums else None
         with self._alone(oid):
-            if meta.nbytes < _OVERLAP or not self._put_in_pieces(oid, meta, digest, source, confirm):
+            if meta.nbytes < _OVERLAP or not self._put_in_pieces(oid, meta, digest, source, confirm, sums):
                 pinned, fresh = self._seal(oid, meta, source, digest, confirm)
-                self._announce(oid, meta, digest, None, pinned, confirm, fresh)
+                if sums is not None:
+                    sums.make(source, 0, meta.nbytes)
+                self._announce(oid, meta, digest, None, pinned, confirm, fresh, sums)
 
     def adopt(self, oid: ObjectID) -> Meta:
         """Announce an object that another process of this node has sealed in the arena under a fresh id; return its meta."""
@@ -84,13 +90,15 @@ class Putter:
 
     # -- while others receive it already
 
-    def _put_in_pieces(self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool) -> bool:
+    def _put_in_pieces(
+        self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool, sums: Sums | None
+    ) -> bool:
         """Announce the object, then copy it, so that others receive it while it grows; False if it has to go the other way.
 
         It is sealed only when the owner has accepted it, so of two that put other bytes on one node only one is ever seen.
         """
         region = self._allocate(oid, meta, digest, provisional=False)
-        stream = Stream(self._engine, object_key(oid, 0), memoryview(region.data), keep=region)
+        stream = Stream(self._engine, object_key(oid, 0), memoryview(region.data), keep=region, sums=sums)
         client, accepted, stored = self._runtime.protocol.client, self._future(oid), self._future(oid)
 
         def begin() -> bool:
@@ -113,12 +121,17 @@ class Putter:
             self._runtime.handle(ev.ObjectStored(oid, meta, digest, None, confirm))
             return True
 
+        def grow(start: int, stop: int) -> None:
+            if sums is not None:
+                sums.make(source, start, stop)
+            self._locked(lambda: stream.advance(stop))
+
         started = False
         try:
             started = self._locked(begin)
             if not started:
                 return False
-            self._copy(region, source, lambda position: self._locked(lambda: stream.advance(position)), accepted)
+            self._copy(region, source, grow, accepted)
             accepted.result()
             deadline = time.monotonic() + self._runtime.config.join_timeout
             while not self._locked(end):
@@ -127,6 +140,7 @@ class Putter:
                     raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
                 time.sleep(_LOOK)
             stored.result()
+            self._counts.puts += 1
         except BaseException:
             if started and self._runtime.closed is None:
                 self._engine.run(lambda: self._runtime.handle(ev.PutFailed(oid)))
@@ -135,13 +149,13 @@ class Putter:
             region.abandon()  # of no effect once it is sealed
         return True
 
-    def _copy(self, region: Region, source: memoryview, advanced: Callable[[int], None], accepted: Future) -> None:
+    def _copy(self, region: Region, source: memoryview, grow: Callable[[int, int], None], accepted: Future) -> None:
         target, data = np.frombuffer(region.data, np.uint8), np.frombuffer(source, np.uint8)
         for start in range(0, len(data), _PIECE):
             stop = min(start + _PIECE, len(data))
             self._memory.copy(target[start:stop], data[start:stop]).wait()
             fault.point("put.piece")
-            advanced(stop)
+            grow(start, stop)
             if accepted.done() and accepted.exception() is not None:
                 return  # refused, or deleted
 
@@ -184,6 +198,7 @@ class Putter:
         pinned: Pinned | None,
         confirm: bool,
         fresh: bool = False,
+        sums: Sums | None = None,
     ) -> None:
         """Announce an object and wait until the owner has taken it. fresh: its bytes were sealed for this alone."""
         future, runtime = self._future(oid), self._runtime
@@ -192,13 +207,14 @@ class Putter:
             self._waiting.putters.setdefault(oid, []).append(future)
             taken = runtime.protocol.client.takes(oid)
             if taken and pinned is not None:
-                runtime.objects.stored(oid, meta)
+                runtime.objects.stored(oid, meta, sums=sums)
             runtime.handle(ev.ObjectStored(oid, meta, digest, inline, confirm))
             if fresh and not taken:  # something else is known here under that id
                 runtime.memory.delete(oid)
 
         self._locked(begin)
         future.result()
+        self._counts.puts += 1
 
     def _future(self, oid: ObjectID) -> Future:
         return Future(self._engine, f"put of {oid}")

@@ -11,12 +11,14 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hoplite_mpi.checksums import whole_blocks
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.making_room import RoomMaker
 from hoplite_mpi.memory import Arena, HostMemory, Memory, Spill, reduce_bytes, spill_directory
-from hoplite_mpi.objects import Objects, Ready
+from hoplite_mpi.objects import Objects, Ready, object_of
+from hoplite_mpi.observing import Observer
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import membership_messages as ms
 from hoplite_mpi.protocol import wire
@@ -25,7 +27,8 @@ from hoplite_mpi.protocol.links import Links
 from hoplite_mpi.protocol.membership import Membership
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.reserving import Reserver
-from hoplite_mpi.slots import Slots
+from hoplite_mpi.slots import Slots, slot_of
+from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
 from hoplite_mpi.transport.engine import Engine
@@ -35,7 +38,8 @@ from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
 from hoplite_mpi.transport.primitives import Ordered
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
-from hoplite_mpi.transport.transfer import PROBE, Transfers
+from hoplite_mpi.transport.streams import PROBE
+from hoplite_mpi.transport.transfer import Transfers
 
 __all__ = ["Runtime"]
 
@@ -68,9 +72,13 @@ class Runtime:
             on_message=self._side_message,
         )
         self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
-        self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
+        self.trace = Recorder(place.rank, config.trace_limit if config.trace else 0)
+        self.transfers = Transfers(
+            self.engine, self.fabric, _TRANSFER, self._find_stream, self._stream_name, self.trace
+        )
         self.gauge = Gauge(self.engine, self.transfers, place.rank, self._on_this_node, self._measured)
         self.fabric.on_up = self.gauge.up
+        self.fabric.on_corrupt = self._corrupt_message
         self.joiner = Joiner(
             self.engine,
             self.side,
@@ -91,6 +99,7 @@ class Runtime:
         #: where objects go when memory is short; None: nowhere
         self.spill = None if directory is None else Spill(self.arena, directory)
         self.room_maker = None if self.spill is None else RoomMaker(self, self.spill)
+        self.observer = Observer(self.trace, place.rank, self.protocol)
         #: what objects live in; another kind of memory is another one of these
         self.memory: Memory = HostMemory(self.arena, self.spill)
         self.reserver = Reserver(self.engine, self.memory)
@@ -202,6 +211,8 @@ class Runtime:
         if self.closed is not None:
             return
         self.closed = error
+        if self.trace.on and isinstance(error, EvictedError):
+            self.trace.event("evicted", text=str(error))
         log.error("%s", error)
         self.on_closed(error)
         self.engine.after(0, self._shut)  # the others are to see it at once, and nothing of this process any more
@@ -249,7 +260,10 @@ class Runtime:
         self._handling = True
         try:
             while self._events:
-                for instruction in self.protocol.handle(self._events.popleft()):
+                event = self._events.popleft()
+                self.observer.event(event)
+                for instruction in self.protocol.handle(event):
+                    self.observer.instruction(instruction)
                     self._do(instruction)
         finally:
             self._handling = False
@@ -306,10 +320,18 @@ class Runtime:
             return self.gauge.find()
         return self.objects.find(key) if key[:1] == b"o" else self.slots.find(key)
 
+    @staticmethod
+    def _stream_name(key: bytes) -> dict[str, Any]:
+        return object_of(key) if key[:1] == b"o" else slot_of(key)
+
     def _no_memory(self, oid: ObjectID, error: HopliteError) -> None:
         self.on_no_memory(oid, error)
 
     # -- side channel and links ----------------------------------------------------------------------------------------------
+
+    def _corrupt_message(self, peer: PeerKey) -> None:
+        text = "a control message of rank {}.{} came with a wrong checksum: what it said is lost, and this rank with it"
+        self._close(HopliteError(text.format(*peer)))
 
     def _control_message(self, peer: PeerKey, channel: int, payload: bytes) -> None:
         if channel == _TRANSFER:
@@ -363,7 +385,8 @@ class Runtime:
 
     def _set_chunk_size(self) -> None:
         if self.view is not None:
-            self.transfers.chunk_size = self.gauge.links.chunk_size(self.view)
+            chunk = self.gauge.links.chunk_size(self.view)
+            self.transfers.chunk_size = whole_blocks(chunk, 1) if self.config.checksums else chunk
 
     def _side_message(self, peer: PeerKey, kind: int, body: Any) -> None:
         self.liveness.heard(peer)
@@ -393,10 +416,15 @@ class Runtime:
         if self.place.comm is not None:
             return  # links of an MPI world are up as soon as there is a view
         if self.side.connected(link.peer):
+            if self.trace.on:
+                self.trace.event("join.begin", peer=link.peer[0])
             self.joiner.want(link.peer)
 
     def _joined(self, peer: PeerKey, comm: MPI.Comm) -> None:
         link = self.fabric.link(peer)
+        self.observer.counts.joins += 1
+        if self.trace.on:
+            self.trace.event("join.end", peer=peer[0])
         self.fabric.up(link, comm, 0)
         self.transfers.link_up(link)
 
@@ -424,6 +452,11 @@ class Runtime:
         self.view = view
         self._set_chunk_size()
         self.peers_lost += len(what.lost)
+        self.observer.counts.views += 1
+        if self.trace.on:
+            for member in what.lost:
+                self.trace.event("peer.lost", peer=member.rank, incarnation=member.incarnation)
+            self.trace.event("view", number=view.number, members=view.ranks)
         gone = [] if before is None else [m for m in before.members.values() if not view.has(m.rank, m.incarnation)]
         for member in gone:
             peer = (member.rank, member.incarnation)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hoplite_mpi.checksums import Retries, Sums, whole_blocks
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Event, Memory, Region, kernels
@@ -25,9 +26,10 @@ from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric
 from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
-from hoplite_mpi.transport.transfer import REFUSE, Incoming, Stream, Transfers
+from hoplite_mpi.transport.streams import CORRUPT, REFUSE, Incoming, Stream
+from hoplite_mpi.transport.transfer import Transfers
 
-__all__ = ["Slots", "slot_key"]
+__all__ = ["Slots", "slot_key", "slot_of"]
 
 log = logging.getLogger("hoplite_mpi.slots")
 
@@ -37,6 +39,12 @@ _KEY = struct.Struct(">c16sIQ")
 def slot_key(rid: ObjectID, slot: int, generation: int) -> bytes:
     """Return the name of a slot's output stream."""
     return _KEY.pack(b"s", bytes(rid), slot, generation)
+
+
+def slot_of(key: bytes) -> dict[str, Any]:
+    """Return which slot's stream has that name, for logs and traces."""
+    _, raw, slot, generation = _KEY.unpack(key)
+    return {"oid": ObjectID(raw), "slot": slot, "generation": generation}
 
 
 @dataclass(eq=False)
@@ -120,6 +128,9 @@ class Slots:
         self._slots: dict[tuple[ObjectID, int], _Slot] = {}
         #: newest generation of each slot that was stopped here: its streams are refused
         self._stopped: dict[ObjectID, dict[int, int]] = {}
+        #: of slots that got corrupt bytes, over all their generations
+        self._retries: dict[ObjectID, dict[int, Retries]] = {}
+        self._checksums = engine.config.checksums
 
     def find(self, key: bytes) -> Any:
         """Return the output stream of that name, REFUSE, or None if it may still come."""
@@ -196,12 +207,18 @@ class Slots:
             return
         dtype = what.meta.dtype if what.meta.dtype is not None else np.dtype(np.uint8)
         length = what.meta.nbytes // dtype.itemsize
-        step = max(1, min(length, self._transfers.chunk_size // flow.itemsize))
+        step = self._transfers.chunk_size // flow.itemsize
+        if self._checksums:
+            step = whole_blocks(step, dtype.itemsize, flow.itemsize)
+        step = max(1, min(length, step))
         key = slot_key(*name, what.generation)
         if region is None:  # a leaf's output is its source
-            output = Stream(self._engine, key, source.data, source.progress, keep=source.keep)
+            if self._checksums and source.sums is None:
+                source.sums = Sums(len(source.data))
+            output = Stream(self._engine, key, source.data, source.progress, source.keep, source.sums)
         else:
-            output = Stream(self._engine, key, memoryview(region.data), keep=region)
+            sums = Sums(len(region.data)) if self._checksums else None
+            output = Stream(self._engine, key, memoryview(region.data), keep=region, sums=sums)
         slot = _Slot(what, source, output, region, dtype, flow, length, step)
         self._slots[name] = slot
         if what.is_root:
@@ -252,7 +269,10 @@ class Slots:
             here.incoming, here.tainted = None, here.tainted or tainted
             if reason is not None and not slot.stopped:
                 log.info("slot %d of %s: child %d ended: %s", what.slot, what.rid, what.child_slot, reason)
-                self._child_failed(slot, what.child_slot, what.child_generation)
+                if reason == CORRUPT:
+                    self._child_corrupt(slot, what, here.arrived * chunk)
+                else:
+                    self._child_failed(slot, what.child_slot, what.child_generation)
 
         child.incoming = self._transfers.pull(
             self._fabric.link((what.rank, what.incarnation)),
@@ -265,6 +285,7 @@ class Slots:
             ended,
             watch=False,  # a child may wait for its own children as long as it takes
             allowed=slot.done + window - first,
+            sums=Sums(slot.length * dtype.itemsize) if self._checksums else None,
         )
 
     async def _take_local(self, slot: _Slot, what: ev.PullChild) -> None:
@@ -288,6 +309,20 @@ class Slots:
         what = slot.what
         self._handle(ev.ChildFailed(what.rid, what.slot, what.generation, child_slot, child_generation))
 
+    def _child_corrupt(self, slot: _Slot, pull: ev.PullChild, position: int) -> None:
+        """Have corrupt bytes of a child sent again; end the reduce if that has been in vain for too long."""
+        what, timeout = slot.what, self._engine.config.corrupt_timeout
+        retries = self._retries.setdefault(what.rid, {}).setdefault(what.slot, Retries())
+        delay = retries.delay(position, timeout)
+        if delay is None:
+            text = (
+                f"the bytes from offset {position} on of slot {pull.child_slot}, rank {pull.rank}, "
+                f"have come to slot {what.slot} with a wrong checksum for {timeout:g} s"
+            )
+            self._fail(what, "reduce", text)
+            return
+        self._engine.after(delay, lambda: self._child_failed(slot, pull.child_slot, pull.child_generation))
+
     def stop(self, what: ev.StopSlot) -> None:
         """End a slot; see `StopSlot`."""
         name = (what.rid, what.slot)
@@ -300,6 +335,7 @@ class Slots:
     def retire(self, rid: ObjectID) -> None:
         """Forget that there were slots of that reduce."""
         self._stopped.pop(rid, None)
+        self._retries.pop(rid, None)
 
     async def _run(self, slot: _Slot) -> None:
         what, step = slot.what, slot.step
@@ -338,7 +374,11 @@ class Slots:
             if what.is_root:
                 kernels.finish(what.op, total, what.num_objects, output)
             slot.done += 1
+            if slot.output.sums is not None:
+                slot.output.sums.make(slot.output.data, start * out_dtype.itemsize, stop * out_dtype.itemsize)
             slot.output.advance(stop * out_dtype.itemsize)
+            if slot.done == 1 and self._transfers.trace.on:
+                self._transfers.trace.event("slot.first", **slot_of(slot.output.key))
             for child in slot.children.values():
                 if child.incoming is not None:
                     first = child.incoming.offset // (step * child.dtype.itemsize)

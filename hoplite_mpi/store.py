@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -28,6 +29,7 @@ from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.putting import Putter
 from hoplite_mpi.runtime import Runtime
 from hoplite_mpi.statistics import Statistics
+from hoplite_mpi.trace import TraceEvent
 from hoplite_mpi.transport.modes import FaultMode
 from hoplite_mpi.values import as_bytes
 from hoplite_mpi.waiting import Waiting
@@ -152,7 +154,8 @@ class ObjectStore(Collectives):
     def get(self, object_id: ObjectID, timeout: Any = DEFAULT) -> Any:
         """Return the object as a read-only ndarray, or a read-only memoryview if bytes were put; zero copy on its node.
 
-        Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ReduceError, StoreFullError, and ObjectLostError if every copy
+        Waits until it exists. Errors: GetTimeoutError, ObjectDeletedError, ReduceError, StoreFullError, CorruptObjectError (with
+        `Config.checksums`: no rank has right bytes), and ObjectLostError if every copy
         is gone and nobody will put it again: of ids that `put` chose, or that were made for one process (`ObjectID.from_name`).
         """
         return _result(self.get_async(object_id), timeout)
@@ -163,7 +166,9 @@ class ObjectStore(Collectives):
         future = Future(self._engine, f"get of {oid}", on_cancel=lambda future: self._abandon(oid, future))
 
         def begin() -> None:
-            if self._runtime.ready(oid) is not None:
+            ready = self._runtime.ready(oid)
+            if ready is not None:
+                self._runtime.observer.had(oid, ready.version)
                 self._waiting.give(oid, [future])
                 return
             self._waiting.getters.setdefault(oid, []).append(future)
@@ -344,14 +349,25 @@ class ObjectStore(Collectives):
             bytes_sent=runtime.transfers.bytes_sent,
             bytes_received=runtime.transfers.bytes_received,
             transfers=runtime.transfers.started,
+            transfers_completed=runtime.transfers.completed,
+            transfers_failed=runtime.transfers.failed,
+            transfers_resumed=runtime.transfers.resumed,
             stalled=runtime.transfers.stalled,
+            chunks_corrupt=runtime.transfers.corrupt,
+            reduces=runtime.protocol.directory.reduces,
             peers_lost=runtime.peers_lost,
             evicted=0 if runtime.room_maker is None else runtime.room_maker.evicted,
             spilled=disk.spilled,
             spilled_bytes=disk.spilled_bytes,
             restored=disk.restored,
             restored_bytes=disk.restored_bytes,
+            trace_dropped=runtime.trace.dropped,
+            **dataclasses.asdict(runtime.observer.counts),
         )
+
+    def trace(self) -> list[TraceEvent]:
+        """Return the last events of this rank, oldest first; none without `Config.trace`. See `hoplite_mpi.trace`."""
+        return self._runtime.trace.events()
 
     def close(self) -> None:
         """Leave the others and free what only this rank uses. Views that were got stay valid. Never hangs on dead peers."""

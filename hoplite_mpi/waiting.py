@@ -83,7 +83,9 @@ class Waiting:
             case ev.Stored():
                 self.resolve(self.putters.pop(what.oid, ()), None)
             case ev.Deliver():
-                for future in self.getters.pop(what.oid, ()):
+                getters = self.getters.pop(what.oid, ())
+                self._runtime.observer.counts.gets += len(getters)
+                for future in getters:
                     self.give(what.oid, [future])
             case ev.Available():
                 self.resolve(self.watchers.pop(what.oid, ()), what.sources)

@@ -56,6 +56,10 @@ class Call:
         #: what this call waits for after it has returned, and what it says then
         self._later: Future | None = None
         self._ranks_of: Callable[[Any], Iterable[int]] = tuple
+        self._trace = store.runtime.trace
+        self._called = {"call": what, "key": key, "number": self.round.number}
+        if self._trace.on:
+            self._trace.event("call.begin", **self._called)
 
     @property
     def processes(self) -> list[Process]:
@@ -192,6 +196,9 @@ class Call:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._trace.on:
+            failed = {} if error is None else {"error": repr(error)}
+            self._trace.event("call.end", **self._called, **failed)
         if self._later is None or error is not None:
             self._store.rounds.finish(self.round)
         else:

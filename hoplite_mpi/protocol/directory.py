@@ -42,6 +42,8 @@ class Directory:
         self._errors: dict[ObjectID, str] = {}
         self._reports: dict[int, ms.Report] = {}
         self._ready = False
+        #: reduces begun so far, those that began anew included
+        self.reduces = 0
 
     @property
     def ready(self) -> bool:
@@ -346,6 +348,7 @@ class Directory:
         entry.void()
         reduction = self._reductions[spec.rid] = self.reduction_class(self._port, self, spec)
         reduction.caller = caller
+        self.reduces += 1
         reduction.begin()
 
     def _that_await(self, oid: ObjectID) -> Iterable[Reduction]:

@@ -4,8 +4,9 @@ Which of them fire is said by the environment variable ``HOPLITE_FAULT``, or in 
 
     [RANK:]NAME=ACTION[@K][#INCARNATION] [; ...]
 
-ACTION is ``kill`` (SIGKILL itself), ``stop`` (SIGSTOP itself), ``exit`` (at once, with code 70) or ``raise``
-(`FaultInjected`). It happens the K-th time that the process passes the point (default: the first). RANK: only there.
+ACTION is ``kill`` (SIGKILL itself), ``stop`` (SIGSTOP itself), ``exit`` (at once, with code 70), ``raise`` (`FaultInjected`) or, at a
+point with a buffer, ``corrupt`` (a byte of it). It happens the K-th time that the process passes the point (default: the first; ``*``:
+every time). RANK: only there.
 INCARNATION: a number, or ``*`` for any; default 0, so that a replacement doesn't die of what killed the one before it.
 """
 
@@ -17,9 +18,9 @@ import signal
 import threading
 from dataclasses import dataclass
 
-__all__ = ["FaultInjected", "disable", "enable", "passed", "point"]
+__all__ = ["FaultInjected", "corrupt", "disable", "enable", "passed", "point"]
 
-_RULE = re.compile(r"(?:(\d+):)?([\w.\-]+)=(kill|stop|exit|raise)(?:@([1-9]\d*))?(?:#(\d+|\*))?")
+_RULE = re.compile(r"(?:(\d+):)?([\w.\-]+)=(kill|stop|exit|raise|corrupt)(?:@([1-9]\d*|\*))?(?:#(\d+|\*))?")
 _EXIT_CODE = 70
 
 
@@ -30,7 +31,7 @@ class FaultInjected(RuntimeError):
 @dataclass(frozen=True)
 class _Rule:
     action: str
-    #: fires at this passing, counted from 1
+    #: fires at this passing, counted from 1; 0: at each
     at: int
 
 
@@ -45,14 +46,21 @@ _lock = threading.Lock()
 
 def point(name: str) -> None:
     """Fail here if a test asked for it; otherwise do nothing."""
-    if _on:
-        _pass(name)
+    if _on and _pass(name) == "corrupt":
+        raise FaultInjected(f"fault point {name} has nothing that could be corrupted")
 
 
-def _pass(name: str) -> None:
+def corrupt(name: str, buffer: memoryview) -> None:
+    """As `point`; *buffer*: writable bytes, one of which is changed if a test asked for ``corrupt``."""
+    if _on and _pass(name) == "corrupt" and len(buffer):
+        buffer[len(buffer) // 2] ^= 0xFF
+
+
+def _pass(name: str) -> str | None:
+    """Fail if that is asked for at this passing; return the action that is left to the caller."""
     with _lock:
         count = _passed[name] = _passed.get(name, 0) + 1
-        action = next((rule.action for rule in _rules.get(name, ()) if rule.at == count), None)
+        action = next((rule.action for rule in _rules.get(name, ()) if rule.at in (0, count)), None)
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":
@@ -61,6 +69,7 @@ def _pass(name: str) -> None:
         os._exit(_EXIT_CODE)
     elif action == "raise":
         raise FaultInjected(f"fault point {name}, passing {count}")
+    return action
 
 
 def passed(name: str) -> int:
@@ -76,10 +85,12 @@ def enable(spec: str) -> None:
     for text in filter(None, (part.strip() for part in spec.split(";"))):
         match = _RULE.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is not a fault: write [RANK:]NAME=kill|stop|exit|raise[@K][#INCARNATION]")
+            raise ValueError(
+                f"{text!r} is not a fault: write [RANK:]NAME=kill|stop|exit|raise|corrupt[@K][#INCARNATION]"
+            )
         only_rank, name, action, at, only_incarnation = match.groups()
         if (only_rank or rank) == rank and (only_incarnation or "0") in (incarnation, "*"):
-            rules.setdefault(name, []).append(_Rule(action, int(at or 1)))
+            rules.setdefault(name, []).append(_Rule(action, 0 if at == "*" else int(at or 1)))
     _set(rules)
 
 

@@ -2,12 +2,16 @@
 
 Doorbell rule: post the MPI send first, then ring with the number of messages posted so far; a process does not block while it has
 received fewer than rung. A peer that has said it is awake needs no ring until it says that it goes to sleep.
+
+With `Config.checksums` each control message has a sum. One that is wrong can't be had again: the protocol counts on getting all of them,
+in order, so the process that got it can't go on.
 """
 
 from __future__ import annotations
 
 import logging
 import struct
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +19,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hoplite_mpi.testing import fault
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 
@@ -30,11 +35,15 @@ _CONTROL_TAG = 1
 _FIRST_TAG = 16
 #: bytes of one control message on the wire: an inline object with its envelope fits into one
 CONTROL_SLOT = 72 * 1024
-_MORE = 1
+_MORE, _SUMMED = 1, 2
 #: bytes up to which MPI sends without a handshake
 _EAGER = 4096
 #: channel, flags, length: a length of its own spares a Status for each receive
 _HEAD = struct.Struct("<BBI")
+#: CRC-32 of all that comes before it
+_SUM = struct.Struct("<I")
+#: bytes of the payload in one message
+_ROOM = CONTROL_SLOT - _HEAD.size - _SUM.size
 
 
 @dataclass(eq=False)
@@ -85,6 +94,9 @@ class Fabric:
         self._quarantine: list[tuple[MPI.Request | None, Any]] = []
         #: told each link that has come up
         self.on_up: Callable[[Link], None] = lambda link: None
+        #: told who sent a message that came with a wrong sum; nothing more is received from it
+        self.on_corrupt: Callable[[PeerKey], None] = lambda peer: None
+        self._summed = _SUMMED if engine.config.checksums else 0
         self.messages_sent = 0
         self.bytes_sent = 0
         engine.may_sleep = self._may_sleep
@@ -127,10 +139,12 @@ class Fabric:
         link = self.link(peer)
         if link.down:
             return
-        room = CONTROL_SLOT - _HEAD.size
-        for start in range(0, len(payload) or 1, room):
-            fragment = payload[start : start + room]
-            message = _HEAD.pack(channel, _MORE if start + room < len(payload) else 0, len(fragment)) + fragment
+        for start in range(0, len(payload) or 1, _ROOM):
+            fragment = payload[start : start + _ROOM]
+            more = _MORE if start + _ROOM < len(payload) else 0
+            message = _HEAD.pack(channel, more | self._summed, len(fragment)) + fragment
+            if self._summed:
+                message += _SUM.pack(zlib.crc32(message))
             if link.comm is None:
                 link.backlog.append(message)
             else:
@@ -166,11 +180,15 @@ class Fabric:
             if error is not None:
                 log.warning("receiving from rank %d.%d failed: %s", *link.peer, error)
                 return
-            channel, more, length = _HEAD.unpack_from(slot)
+            channel, flags, length = _HEAD.unpack_from(slot)
+            fault.corrupt("fabric.message_corrupt", memoryview(slot)[_HEAD.size : _HEAD.size + length])
+            if flags & _SUMMED and not _is_right(slot, _HEAD.size + length):
+                self.on_corrupt(link.peer)
+                return
             payload = bytes(memoryview(slot)[_HEAD.size : _HEAD.size + length])
             post()
             link.received += 1
-            self._deliver(link, channel, more, payload)
+            self._deliver(link, channel, flags & _MORE, payload)
 
         link.receive = arrived
         post()
@@ -241,3 +259,8 @@ class Fabric:
                 link.told_awake = False
                 self._side.send(link.peer, ASLEEP, link.received)
         return True
+
+
+def _is_right(slot: bytearray, end: int) -> bool:
+    """Return whether the sum that stands behind the first *end* bytes is theirs."""
+    return end + _SUM.size <= len(slot) and _SUM.unpack_from(slot, end)[0] == zlib.crc32(memoryview(slot)[:end])

@@ -16,7 +16,8 @@ from hoplite_mpi.protocol.links import LinkClass, Links
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Link
 from hoplite_mpi.transport.sidechannel import PeerKey
-from hoplite_mpi.transport.transfer import PROBE, REFUSE, Stream, Transfers
+from hoplite_mpi.transport.streams import PROBE, REFUSE, Stream
+from hoplite_mpi.transport.transfer import Transfers
 
 __all__ = ["Gauge"]
 

@@ -6,136 +6,63 @@ posted, so that the receiver can take exactly those and nothing is left under wa
 
 Who owns a buffer: only an unmatched receive can be cancelled. A matched one from a peer that has died or stopped may go on
 writing, so its region is quarantined and the prefix that had arrived moves to a new one (*tainted* in `Incoming.on_end`).
+
+Checksums: see `hoplite_mpi.transport.verifying`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 from mpi4py import MPI
 
+from hoplite_mpi.checksums import Sums
 from hoplite_mpi.testing import fault
+from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.fabric import Fabric, Link
-from hoplite_mpi.transport.primitives import Signal, Timer
+from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
+from hoplite_mpi.transport.streams import PROBE, REFUSE, Incoming, Outgoing, Stream
+from hoplite_mpi.transport.verifying import Verifier, sums_of
 
 if TYPE_CHECKING:
     from hoplite_mpi.transport.gauge import Gauge
 
-__all__ = ["PROBE", "REFUSE", "Incoming", "Stream", "Transfers"]
+__all__ = ["Transfers"]
 
 log = logging.getLogger("hoplite_mpi.transfer")
 
-_PULL, _STOP, _STOPPED = range(3)
-
-#: what `find` answers for a stream that will not be here (again)
-REFUSE = object()
-
-#: name of the stream that measures a link: no fault point, and no counter but `Transfers.probes`, knows of it
-PROBE = b"p"
-
-
-class Stream:
-    """Bytes that others can pull while they grow: an object, or a partial result of a reduce.
-
-    `keep` holds what keeps the bytes in place (a pin, a region).
-    """
-
-    def __init__(self, engine: Engine, key: bytes, data: memoryview, progress: int = 0, keep: Any = None) -> None:
-        self.key = key
-        self.data = data
-        self.keep = keep
-        #: bytes [0, progress) are valid; only grows
-        self.progress = progress
-        #: the stream ended before its end: what was pulled from it is void
-        self.broken = False
-        self.changed = Signal(engine)
-
-    def advance(self, progress: int) -> None:
-        """Say that more bytes are valid."""
-        if progress > self.progress:
-            self.progress = progress
-            self.changed.fire()
-
-    def fail(self) -> None:
-        """Say that no more bytes are coming."""
-        self.broken = True
-        self.changed.fire()
-
-
-@dataclass(eq=False)
-class Incoming:
-    """One transfer at its receiver. Bytes [offset, offset + n) of the stream go where *buffer_of* says."""
-
-    number: int
-    link: Link
-    tag: int
-    offset: int
-    end: int
-    chunk: int
-    #: returns where the chunk at that offset goes
-    buffer_of: Callable[[int, int], memoryview]
-    #: told how far the stream is here, in order
-    on_progress: Callable[[int], None]
-    #: told (None, False) when all is there, else (why not, tainted): a tainted buffer may still be written to by MPI
-    on_end: Callable[[str | None, bool], None]
-    posted: int = 0
-    progress: int = 0
-    arrived: set[int] = field(default_factory=set)
-    pending: dict[int, Callable[[BaseException | None], None]] = field(default_factory=dict)
-    #: chunks that may be received now (None: all): what bounds the buffers of a reader slower than the sender
-    allowed: int | None = None
-    #: chunks that the sender said it had posted when it stopped
-    limit: int | None = None
-    ended: bool = False
-    #: given up here: what still arrives is not wanted
-    stopping: str | None = None
-    #: `on_end` has been told; what the sender has posted is taken so that nothing stays under way
-    draining: bool = False
-    watchdog: Timer | None = None
-    seen: int = -1
-    probe: bool = False
-
-    @property
-    def chunks(self) -> int:
-        return -(-(self.end - self.offset) // self.chunk)
-
-    def span(self, index: int) -> tuple[int, int]:
-        start = self.offset + index * self.chunk
-        return start, min(start + self.chunk, self.end)
-
-
-@dataclass(eq=False)
-class _Outgoing:
-    link: Link
-    number: int
-    changed: Signal
-    stopped: bool = False
-    posted: int = 0
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.changed.fire()
+_PULL, _STOP, _STOPPED, _SUMS = range(4)
 
 
 class Transfers:
     """All transfers of a process. Called under the engine's lock."""
 
-    def __init__(self, engine: Engine, fabric: Fabric, channel: int, find: Callable[[bytes], Any]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        fabric: Fabric,
+        channel: int,
+        find: Callable[[bytes], Any],
+        name_of: Callable[[bytes], dict[str, Any]],
+        trace: Recorder,
+    ) -> None:
         self._engine = engine
         self._fabric = fabric
         self._channel = channel
         #: returns the Stream of a key, REFUSE, or None: it isn't here yet
         self._find = find
+        #: returns what a stream is, by its key, for logs and traces
+        self._name_of = name_of
+        self.trace = trace
         #: fire it when a stream has come that was not here
         self.appeared = Signal(engine)
         self._incoming: dict[int, Incoming] = {}
-        self._outgoing: dict[tuple[PeerKey, int], _Outgoing] = {}
+        self._outgoing: dict[tuple[PeerKey, int], Outgoing] = {}
         self._last_number = 0
         #: matched receives of dead peers and their buffers: MPI may write there until the process ends
         self._quarantine: list[Any] = []
@@ -147,7 +74,14 @@ class Transfers:
         self.bytes_received = 0
         self.bytes_sent = 0
         self.started = 0
+        #: those that began behind what an earlier one had brought
+        self.resumed = 0
+        self.completed = 0
+        #: those that ended before all was there
+        self.failed = 0
         self.stalled = 0
+        self.corrupt = 0
+        self._verifier = Verifier(self, engine)
 
     @property
     def busy(self) -> bool:
@@ -168,20 +102,27 @@ class Transfers:
         on_end: Callable[[str | None, bool], None],
         watch: bool = True,
         allowed: int | None = None,
+        sums: Sums | None = None,
     ) -> Incoming:
         """Ask the peer for bytes [offset, end) of a stream.
 
         watch: give up after `Config.stall_timeout` without progress; allowed: chunks to take before `allow` says more.
+        sums: verify what comes, and put its sums there; *offset* and *chunk* are whole blocks then, or *chunk* reaches to the end.
         """
         self._last_number += 1
         incoming = Incoming(
-            self._last_number, link, self._fabric.new_tag(link), offset, end, chunk, buffer_of, on_progress, on_end
+            self._last_number, link, self._fabric.new_tag(link), key, offset, end, chunk, buffer_of, on_progress, on_end
         )
-        incoming.progress, incoming.allowed, incoming.probe = offset, allowed, key == PROBE
+        incoming.progress, incoming.allowed, incoming.probe, incoming.sums = offset, allowed, key == PROBE, sums
+        if sums is not None:
+            sums.forget(offset)  # those of an older sender
         if incoming.probe:
             self.probes += 1
         else:
             self.started += 1
+            self.resumed += offset > 0
+            if self.trace.on:
+                self.note("transfer.begin", incoming, end=end)
             if self.gauge is not None:
                 self.gauge.began(link)
         self._incoming[incoming.number] = incoming
@@ -189,7 +130,7 @@ class Transfers:
             self._engine.after(0, lambda: self._finish(incoming, "peer lost"))
             return incoming
         self._refill(incoming)
-        request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk]
+        request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk, sums is not None]
         self._fabric.send(link.peer, self._channel, msgpack.packb(request))
         if offset >= end:
             self._engine.after(0, lambda: self._finish(incoming, None))
@@ -210,11 +151,20 @@ class Transfers:
 
     def stop(self, incoming: Incoming, reason: str = "stopped") -> None:
         """Give a transfer up, without a report; what the sender has posted is still taken, into the same buffers."""
-        if incoming.ended or incoming.stopping is not None:
+        if incoming.ended or incoming.draining:
+            return
+        incoming.draining = True
+        self.give_up(incoming, reason)
+
+    def give_up(self, incoming: Incoming, reason: str) -> None:
+        """Take what the sender has posted, and nothing more."""
+        if incoming.stopping is not None:
             return
         incoming.stopping = reason
-        incoming.draining = True
+        incoming.unverified.clear()
         self._fabric.send(incoming.link.peer, self._channel, msgpack.packb([_STOP, incoming.number]))
+        for repair in incoming.repairs.values():
+            self.give_up(repair, reason)
 
     def _refill(self, incoming: Incoming) -> None:
         link = incoming.link
@@ -243,24 +193,40 @@ class Transfers:
         if error is not None:
             self._finish(incoming, f"receive failed: {error}")
             return
-        incoming.arrived.add(index)
         if not incoming.probe:
             self.bytes_received += len(buffer)
             if self.gauge is not None:
                 self.gauge.received(incoming.link, len(buffer))
             fault.point("transfer.chunk_received")
-        first = (incoming.progress - incoming.offset) // incoming.chunk if incoming.progress < incoming.end else -1
-        moved = False
+            fault.corrupt("transfer.chunk_corrupt", buffer)
+        if incoming.stopping is None and incoming.sums is not None:
+            incoming.unverified[index] = buffer
+            self._verifier.verify(incoming, incoming.sums)
+        elif incoming.stopping is None:
+            incoming.arrived.add(index)
+            self.advance(incoming)
+        self.proceed(incoming)
+
+    def advance(self, incoming: Incoming) -> None:
+        """Say how far the bytes are here, and right, without a gap."""
+        first = (incoming.progress - incoming.offset) // incoming.chunk
+        before = incoming.progress
         while first in incoming.arrived:
             incoming.arrived.discard(first)
             incoming.progress = incoming.span(first)[1]
             first += 1
-            moved = True
-        if incoming.stopping is None and moved:
+        if incoming.progress > before:
             incoming.on_progress(incoming.progress)
-        if incoming.progress >= incoming.end:
-            self._finish(incoming, incoming.stopping)
-        elif incoming.limit is not None and not incoming.pending and incoming.posted >= incoming.limit:
+            if self.trace.on and before == incoming.offset and not incoming.probe:
+                self.note("transfer.first", incoming)
+
+    def proceed(self, incoming: Incoming) -> None:
+        """Go on after a chunk or what was said about chunks: receive more, or end."""
+        limit = incoming.chunks if incoming.limit is None else incoming.limit
+        taken = not incoming.pending and not incoming.repairs and incoming.posted >= limit
+        if incoming.stopping is None and incoming.progress >= incoming.end:
+            self._finish(incoming, None)
+        elif taken and (incoming.stopping is not None or incoming.limit is not None):
             self._finish(incoming, incoming.stopping or "the sender stopped")
         else:
             self._refill(incoming)
@@ -271,6 +237,8 @@ class Transfers:
                 return
             if incoming.progress == incoming.seen and incoming.link.comm is not None:
                 self.stalled += not incoming.probe
+                if self.trace.on and not incoming.probe:
+                    self.note("transfer.stalled", incoming)
                 self._route_around(incoming)
                 return
             incoming.seen = incoming.progress if incoming.link.comm is not None else -1
@@ -281,11 +249,13 @@ class Transfers:
     def _route_around(self, incoming: Incoming) -> None:
         """Give up on a sender that lives but does not send: its chunks are taken, and thrown away, when it wakes."""
         self.stop(incoming, "stalled")
-        incoming.on_end("stalled", bool(incoming.pending))
+        incoming.on_end("stalled", incoming.written)
 
     def _sender_died(self, incoming: Incoming) -> None:
         """Cancel the receives from a dead peer. A matched one stays, and may go on writing if the peer was only stopped."""
-        tainted = False
+        for repair in list(incoming.repairs.values()):
+            self._sender_died(repair)
+        tainted = incoming.tainted
         for callback in list(incoming.pending.values()):
             request = self._engine.unwatch(callback)
             if request is None:
@@ -308,10 +278,27 @@ class Transfers:
         self._incoming.pop(incoming.number, None)
         if incoming.probe:
             self.probes -= 1
-        elif self.gauge is not None:
-            self.gauge.ended(incoming.link)
+        else:
+            self._ended(incoming, reason)
         if not incoming.draining:
             incoming.on_end(reason, tainted)
+
+    def _ended(self, incoming: Incoming, reason: str | None) -> None:
+        self.completed += reason is None
+        self.failed += reason is not None
+        if self.trace.on:
+            self.note("transfer.end", incoming, progress=incoming.progress, why=reason or "complete")
+        if self.gauge is not None:
+            self.gauge.ended(incoming.link)
+
+    def name(self, incoming: Incoming) -> str:
+        """Return what it brings, for logs."""
+        return ", ".join(f"{one} {value}" for one, value in self._name_of(incoming.key).items())
+
+    def note(self, name: str, incoming: Incoming, **fields: Any) -> None:
+        """Trace something about a transfer."""
+        peer, offset = incoming.link.peer[0], incoming.offset
+        self.trace.event(name, id=incoming.number, peer=peer, offset=offset, **self._name_of(incoming.key), **fields)
 
     # -- sender ------------------------------------------------------------------------------------------------------------
 
@@ -320,8 +307,10 @@ class Transfers:
         kind, number, *rest = msgpack.unpackb(payload)
         link = self._fabric.link(peer)
         if kind == _PULL:
-            tag, key, offset, end, chunk = rest
-            outgoing = self._outgoing[peer, number] = _Outgoing(link, number, Signal(self._engine))
+            tag, key, offset, end, chunk, summed = rest
+            outgoing = self._outgoing[peer, number] = Outgoing(link, number, Signal(self._engine), summed)
+            if key != PROBE and summed != self._engine.config.checksums:
+                self._verifier.say_that_they_differ(peer, summed)
             self._engine.spawn(self._serve(outgoing, tag, key, offset, end, chunk))
         elif kind == _STOP:
             stopped = self._outgoing.get((peer, number))
@@ -331,6 +320,10 @@ class Transfers:
             incoming = self._incoming.get(number)
             if incoming is not None and not incoming.ended:
                 self._sender_stopped(incoming, rest[0])
+        elif kind == _SUMS:
+            incoming = self._incoming.get(number)
+            if incoming is not None and not incoming.ended:
+                self._verifier.take(incoming, *rest)
 
     def _sender_stopped(self, incoming: Incoming, posted: int) -> None:
         """Take the chunks that are under way, cancel the receives for those that aren't."""
@@ -342,12 +335,9 @@ class Transfers:
                     request.Cancel()
                     request.Wait()
                 incoming.posted -= 1
-        if not incoming.pending and incoming.posted >= posted:
-            self._finish(incoming, incoming.stopping or "the sender stopped")
-        else:
-            self._refill(incoming)
+        self.proceed(incoming)
 
-    async def _serve(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
+    async def _serve(self, outgoing: Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
         link, number = outgoing.link, outgoing.number
         self.probes += key == PROBE
         try:
@@ -355,10 +345,13 @@ class Transfers:
         finally:
             self.probes -= key == PROBE
             self._outgoing.pop((link.peer, number), None)
+            if outgoing.began and self.trace.on:
+                name = self._name_of(key)
+                self.trace.event("serve.end", id=number, peer=link.peer[0], posted=outgoing.posted, **name)
         if not complete and not link.down:
             self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
 
-    async def _send_all(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
+    async def _send_all(self, outgoing: Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
         """Send [offset, end); return whether all of it was posted."""
         link, changed = outgoing.link, outgoing.changed
 
@@ -370,6 +363,9 @@ class Transfers:
             await changed
         if stream is None or stream is REFUSE or len(stream.data) < end:
             return False
+        if self.trace.on and key != PROBE:
+            outgoing.began = True
+            self._serving(outgoing, key, stream, offset, end)
         in_flight = 0
 
         def sent(error: BaseException | None) -> None:
@@ -377,7 +373,7 @@ class Transfers:
             in_flight -= 1
             changed.fire()
 
-        position = offset
+        position = told = offset
         while position < end:
             stop = min(position + chunk, end)
             while stream.progress < stop and not (stream.broken or over()):
@@ -387,6 +383,10 @@ class Transfers:
                 await changed
             if stream.broken or over():
                 return False
+            while outgoing.summed and told < stop:
+                packed, end_of_sums = sums_of(stream, told, stop)
+                self._fabric.send(link.peer, self._channel, msgpack.packb([_SUMS, outgoing.number, told, packed]))
+                told = end_of_sums
             if key != PROBE:
                 fault.point("transfer.chunk_sent")
                 self.bytes_sent += stop - position
@@ -396,6 +396,20 @@ class Transfers:
             outgoing.posted += 1
             position = stop
         return True
+
+    def _serving(self, outgoing: Outgoing, key: bytes, stream: Stream, offset: int, end: int) -> None:
+        """Trace that a stream is being sent, and how much of it is here now."""
+        self.trace.event(
+            "serve.begin",
+            id=outgoing.number,
+            peer=outgoing.link.peer[0],
+            offset=offset,
+            end=end,
+            had=stream.progress,
+            nbytes=len(stream.data),
+            complete=stream.progress >= len(stream.data),
+            **self._name_of(key),
+        )
 
     def peer_lost(self, peer: PeerKey) -> None:
         """End all transfers with a process that is gone."""

@@ -40,6 +40,40 @@ def test_two_rules_for_one_point() -> None:
     fault.point("a")
 
 
+def test_corrupt_changes_one_byte_at_the_kth_passing_only() -> None:
+    fault.enable("a=corrupt@2")
+    buffers = [bytearray(5) for _ in range(3)]
+    for buffer in buffers:
+        fault.corrupt("a", memoryview(buffer))
+    assert [sum(byte != 0 for byte in buffer) for buffer in buffers] == [0, 1, 0]
+    assert fault.passed("a") == 3
+
+
+def test_corrupt_at_every_passing() -> None:
+    fault.enable("a=corrupt@*")
+    buffer = bytearray(1)
+    for passing in range(1, 4):
+        fault.corrupt("a", memoryview(buffer))
+        assert buffer[0] == (0xFF if passing % 2 else 0)
+    fault.corrupt("a", memoryview(bytearray(0)))
+
+
+def test_a_point_with_a_buffer_fails_in_all_other_ways_too() -> None:
+    buffer = memoryview(bytearray(3))
+    fault.corrupt("a", buffer)
+    assert fault.passed("a") == 0
+    fault.enable("a=raise")
+    with pytest.raises(fault.FaultInjected):
+        fault.corrupt("a", buffer)
+    assert bytes(buffer) == bytes(3)
+
+
+def test_a_point_without_a_buffer_has_nothing_to_corrupt() -> None:
+    fault.enable("a=corrupt")
+    with pytest.raises(fault.FaultInjected, match="nothing that could be corrupted"):
+        fault.point("a")
+
+
 def test_other_points_are_left_alone() -> None:
     fault.enable("a=raise")
     fault.point("b")
