@@ -11,6 +11,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hoplite_mpi import passing
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
@@ -22,9 +23,11 @@ from hoplite_mpi.protocol import wire
 from hoplite_mpi.protocol.core import Protocol
 from hoplite_mpi.protocol.links import Links
 from hoplite_mpi.protocol.membership import Membership
+from hoplite_mpi.protocol.messages import Report, RootDone
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.slots import Slots
+from hoplite_mpi.testing import fault
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
 from hoplite_mpi.transport.engine import Engine
@@ -117,6 +120,8 @@ class Runtime:
         self._handling = False
         #: processes whose connection broke and are called once more, to see whether they are really gone
         self._redialed: set[PeerKey] = set()
+        #: this rank has said nothing yet as an owner in this view
+        self._silent_owner = True
 
     # -- life ----------------------------------------------------------------------------------------------------------------
 
@@ -236,6 +241,7 @@ class Runtime:
 
     def handle(self, event: ev.Event) -> None:
         """Give the protocol an event and carry out what it says; events that this causes follow in order."""
+        passing.doing(event)
         self._events.append(event)
         if self._handling:
             return
@@ -248,6 +254,7 @@ class Runtime:
             self._handling = False
 
     def _do(self, what: ev.Instruction) -> None:
+        passing.doing(what)
         match what:
             case ev.Send():
                 self._send(what)
@@ -282,6 +289,10 @@ class Runtime:
     def _send(self, what: ev.Send) -> None:
         member = None if self.view is None else self.view.members.get(what.dst)
         if member is not None:
+            passing.leaving(what.message)
+            if self._silent_owner and self.protocol.ready and not isinstance(what.message, Report):
+                self._silent_owner = False
+                fault.point("rebuild.first_answer")
             self.fabric.send((member.rank, member.incarnation), _PROTOCOL, wire.encode(what.message))
 
     def _reduce_inline(self, what: ev.ReduceInline) -> None:
@@ -305,7 +316,11 @@ class Runtime:
         if channel == _TRANSFER:
             self.transfers.on_message(peer, payload)
         elif channel == _PROTOCOL:
-            self.handle(ev.MessageReceived(peer[0], wire.decode(payload)))
+            message = wire.decode(payload)
+            passing.arriving(message)
+            self.handle(ev.MessageReceived(peer[0], message))
+            if isinstance(message, RootDone):
+                fault.point("reduce.after_final")
         else:
             self._channel_message(peer, channel - _FIRST_USER_CHANNEL, payload)
 
@@ -364,7 +379,9 @@ class Runtime:
         elif kind in liveness.KINDS:
             self.liveness.on_side_message(peer, kind)
         elif kind == _MEMBERSHIP:
-            self._membership(ms.MessageReceived(peer, ms.Message.from_wire(body)))
+            message = ms.Message.from_wire(body)
+            passing.membership_arriving(message)
+            self._membership(ms.MessageReceived(peer, message))
 
     def _reachable(self, address: tuple[str, int], node: str) -> tuple[str, int]:
         return ("127.0.0.1", address[1]) if node == self.place.node else address
@@ -399,7 +416,9 @@ class Runtime:
         for what in instructions:
             match what:
                 case ms.Send():
+                    passing.membership_leaving(what.message)
                     self.side.send(what.dst, _MEMBERSHIP, what.message.to_wire())
+                    passing.membership_left(what.message)
                 case ms.Install():
                     self._install(what)
                 case ms.Evicted():
@@ -411,7 +430,10 @@ class Runtime:
 
     def _install(self, what: ms.Install) -> None:
         view, before = what.view, self.view
+        newcomer = before is None and self.place.incarnation > 0
+        fault.point("join.let_in" if newcomer else "membership.install")
         self.view = view
+        self._silent_owner = True
         self._set_chunk_size()
         self.peers_lost += len(what.lost)
         gone = [] if before is None else [m for m in before.members.values() if not view.has(m.rank, m.incarnation)]
@@ -433,6 +455,7 @@ class Runtime:
         self.handle(ev.ViewInstalled(view))
         for listener in self.view_listeners:
             self._ordered.post(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
+        fault.point("join.in" if newcomer else "membership.installed")
         lost = ", ".join(f"{m.rank}.{m.incarnation}" for m in what.lost)
         log.info("view %d: ranks %s%s", view.number, view.ranks, f" (lost: {lost})" if lost else "")
 

@@ -32,6 +32,7 @@ from hoplite_mpi.protocol.links import ReduceExplanation, explain
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.runtime import Runtime
 from hoplite_mpi.statistics import Statistics
+from hoplite_mpi.testing import fault
 from hoplite_mpi.transport.modes import FaultMode
 from hoplite_mpi.values import as_bytes, equal
 from hoplite_mpi.waiting import Waiting
@@ -119,6 +120,7 @@ class ObjectStore(Collectives):
             self._store(oid, meta, digest, bytes(source), None, confirm)
         else:
             pinned, fresh = self._seal(oid, meta, source, digest, confirm)
+            fault.point("put.sealed")
             self._store(oid, meta, digest, None, pinned, confirm, fresh)
 
     def _seal(
@@ -170,6 +172,7 @@ class ObjectStore(Collectives):
                 runtime.memory.delete(oid)
 
         self._locked(begin)
+        fault.point("put.announced")
         future.result()
 
     def _locked(self, function: Callable[[], Any]) -> Any:

@@ -191,6 +191,8 @@ class Transfers:
         self._refill(incoming)
         request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk]
         self._fabric.send(link.peer, self._channel, msgpack.packb(request))
+        if not incoming.probe:
+            fault.point("transfer.pulled")
         if offset >= end:
             self._engine.after(0, lambda: self._finish(incoming, None))
         elif watch:
@@ -215,6 +217,8 @@ class Transfers:
         incoming.stopping = reason
         incoming.draining = True
         self._fabric.send(incoming.link.peer, self._channel, msgpack.packb([_STOP, incoming.number]))
+        if not incoming.probe:
+            fault.point("transfer.stop")
 
     def _refill(self, incoming: Incoming) -> None:
         link = incoming.link
@@ -310,7 +314,10 @@ class Transfers:
             self.probes -= 1
         elif self.gauge is not None:
             self.gauge.ended(incoming.link)
-        if not incoming.draining:
+        if incoming.draining:
+            if not incoming.probe:
+                fault.point("transfer.drained")
+        else:
             incoming.on_end(reason, tainted)
 
     # -- sender ------------------------------------------------------------------------------------------------------------
@@ -356,6 +363,8 @@ class Transfers:
             self.probes -= key == PROBE
             self._outgoing.pop((link.peer, number), None)
         if not complete and not link.down:
+            if key != PROBE:
+                fault.point("transfer.stopped")
             self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
 
     async def _send_all(self, outgoing: _Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
@@ -389,6 +398,8 @@ class Transfers:
                 return False
             if key != PROBE:
                 fault.point("transfer.chunk_sent")
+                if stream.progress < len(stream.data):
+                    fault.point("transfer.chunk_relayed")
                 self.bytes_sent += stop - position
             in_flight += 1
             # `keep` holds the stream's bytes in place while MPI reads them
