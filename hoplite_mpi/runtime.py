@@ -49,6 +49,8 @@ _MEMBERSHIP = 20
 _PROTOCOL, _TRANSFER, _FIRST_USER_CHANNEL = 0, 1, 16
 #: messages kept for a channel that is not open yet
 _MAX_UNCLAIMED = 10_000
+#: seconds for a new member to call this process; then this process calls it
+_CALL_AFTER = 0.2
 #: seconds between looks at the rendezvous directory while joining
 _JOIN_PERIOD = 0.05
 
@@ -449,6 +451,8 @@ class Runtime:
                 continue
             if not self._is_senior(peer):  # the junior of a pair calls
                 self.side.connect(peer, self._reachable(member.address, member.node))
+            else:  # unless it has died since it asked to be let in: that has to come out
+                self.engine.after(_CALL_AFTER, lambda peer=peer: self._call(peer))  # type: ignore[misc]
             if self.place.comm is not None:
                 self.fabric.up(self.fabric.link(peer), self.place.comm, member.rank)
         self._adopt(view)  # first, so that this rank's report has them
@@ -458,6 +462,12 @@ class Runtime:
         fault.point("join.in" if newcomer else "membership.installed")
         lost = ", ".join(f"{m.rank}.{m.incarnation}" for m in what.lost)
         log.info("view %d: ranks %s%s", view.number, view.ranks, f" (lost: {lost})" if lost else "")
+
+    def _call(self, peer: PeerKey) -> None:
+        """Call a member that has not called, though it should have."""
+        address = self._address_of(peer)
+        if address is not None and self.closed is None and not self.side.connected(peer):
+            self.side.connect(peer, address)
 
     def _adopt(self, view: View) -> None:
         """Go on serving what members of this node that are gone left in the arena; the lowest rank of the node does."""
