@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import random
@@ -41,6 +42,8 @@ SIZES = (500, 500, 8_000, 40_000, 40_000, 150_000)
 PATIENCE = 10.0
 #: seconds before a step: sometimes all come at once, and mostly not
 _NAPS = (0.0, 0.0, 0.002, 0.01, 0.03)
+#: seconds between two questions to the owners of the shards, in trials that cut the hosts in two parts
+_KNOCK = 0.005
 #: first elements of an allreduce: incarnation + 1 by rank, and who could end now, by rank
 _SLOTS = 8
 
@@ -48,8 +51,9 @@ _SLOTS = 8
 class Rank:
     """One process of a trial."""
 
-    def __init__(self, directory: Path, seed: int, rules: str, early: str) -> None:
+    def __init__(self, directory: Path, seed: int, rules: str, early: str, cut: bool) -> None:
         self.seed = seed
+        self.cut = cut
         self.finish = directory / "finish"
         self.me: Process = (int(os.environ["HOPLITE_RANK"]), int(os.environ["HOPLITE_INCARNATION"]))
         self.size = int(os.environ["HOPLITE_SIZE"])
@@ -88,6 +92,9 @@ class Rank:
         self.view(view, ())
         self.put(0, "kept", 20_000)
         self.put(0, "kept small", 100)
+        if self.cut:
+            for home in view.ranks:
+                threading.Thread(target=self.knock, args=(view, home), daemon=True).start()
         first = self.store.next_call(KEY)
         self.log("first", call=first)
         call = first
@@ -99,6 +106,22 @@ class Rank:
         self.log("over", counts=fault.counts())
         self.store.barrier(key="end")
         self.store.close()
+
+    def knock(self, first: Any, home: int) -> None:
+        """Ask whoever owns that rank's shard of the first view to take a small object, again and again; write down who did when."""
+        runtime = self.store.runtime
+        with contextlib.suppress(hm.EvictedError, hm.ClosedError):
+            for number in itertools.count():
+                oid = hm.ObjectID.from_name(f"knock {self.me} {number}")
+                if first.owner(bytes(oid)) != home:
+                    continue
+                view = runtime.view
+                owner = view.owner(bytes(oid))
+                self.store.put(b"who is there", oid)
+                if runtime.view is view:  # else it is not known who answered
+                    process = (owner, view.members[owner].incarnation)
+                    self.log("answer", home=home, owner=process, view=view.number)
+                time.sleep(_KNOCK)
 
     def view(self, view: Any, lost: Iterable[Any]) -> None:
         members = sorted((m.rank, m.incarnation) for m in view.members.values())
@@ -284,7 +307,7 @@ def main() -> NoReturn:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     directory = Path(sys.argv[1])
     order = json.loads((directory / "trial.json").read_text())
-    rank = Rank(directory, order["seed"], order["rules"], order["early"])
+    rank = Rank(directory, **order)
     code = 0
     try:
         rank.run()

@@ -97,6 +97,8 @@ def summary(outcomes: Sequence[Outcome], needs: Needs) -> str:
         "|---|---|---|---|---|---|---|---|",
         _detection("process", [s for o in outcomes for s in o.process_seconds]),
         _detection("host", [s for o in outcomes for s in o.host_seconds]),
+        "",
+        _handover([s for o in outcomes for s in o.handover_seconds]),
     ]
     return "\n".join(lines)
 
@@ -107,3 +109,12 @@ def _detection(what: str, seconds: list[float]) -> str:
         return f"| a {what} | 0 | | | | | {limit:g} s | |"
     shown = [values[min(len(values) - 1, int(share * len(values)))] for share in (0.5, 0.9, 0.99, 1.0)]
     return f"| a {what} | {len(values)} | {' | '.join(f'{s:.3f} s' for s in shown)} | {limit:g} s | {sum(s > limit for s in values)} |"
+
+
+def _handover(seconds: list[float]) -> str:
+    if not seconds:
+        return "No cut in two parts."
+    return (
+        f"Cuts: {len(seconds)} shards of smaller parts changed hands, "
+        f"{min(seconds):.3f} to {max(seconds):.3f} s after the last answer there."
+    )

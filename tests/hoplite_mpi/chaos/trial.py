@@ -54,6 +54,8 @@ class Outcome:
     #: seconds from each death of a process, and of a host, to the view without it, at each survivor
     process_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
+    #: seconds from the last answer for a shard in the smaller part of a cut to the first one in the other; below 0: at the same time
+    handover_seconds: list[float] = field(default_factory=list)
     #: processes that ended by themselves and were replaced, and why
     left: list[str] = field(default_factory=list)
     #: what was wrong; empty: nothing
@@ -83,7 +85,7 @@ class _Runner:
         #: ranks that can't be started, since their host has no cable
         self.dark: set[int] = set()
         rules = {early: ";".join(map(_rule, (f for f in self.awaited if f.early is early))) for early in (False, True)}
-        order = {"seed": trial.seed, "rules": rules[False], "early": rules[True]}
+        order = {"seed": trial.seed, "rules": rules[False], "early": rules[True], "cut": trial.kind == "hosts cut"}
         (directory / "trial.json").write_text(json.dumps(order))
         env = {
             "HOPLITE_FAULT": "",

@@ -109,6 +109,7 @@ def verify(story: Story, trial: Trial, killed: dict[Process, float], outcome: Ou
         for name, count in line["counts"].items():
             outcome.passed[name] = outcome.passed.get(name, 0) + count
     _detection(story, trial, killed, outcome)
+    _handover(story, outcome)
 
 
 def _same(
@@ -149,3 +150,16 @@ def _detection(story: Story, trial: Trial, killed: dict[Process, float], outcome
             if new:
                 seconds = outcome.host_seconds if victim in story.cut else outcome.process_seconds
                 seconds.append(round(min(new) - when, 4))
+
+
+def _handover(story: Story, outcome: Outcome) -> None:
+    """Of each shard of the smaller part, the last answer there is before the first one in the other part."""
+    answers = [line for _, line in story.of("answer")]
+    for rank, incarnation in story.cut:
+        there = [a["time"] for a in answers if a["owner"] == [rank, incarnation]]
+        heirs = [a["time"] for a in answers if a["home"] == rank and a["view"] > 1 and a["owner"][0] != rank]
+        if there and heirs:
+            seconds = round(min(heirs) - max(there), 4)
+            outcome.handover_seconds.append(seconds)
+            if seconds <= 0:
+                outcome.wrong.append(f"both parts of a cut answered for the shard of rank {rank} for {-seconds} s")
