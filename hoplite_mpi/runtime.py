@@ -35,7 +35,7 @@ from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
 from hoplite_mpi.transport.gauge import Gauge
 from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
-from hoplite_mpi.transport.primitives import Ordered
+from hoplite_mpi.transport.primitives import Ordered, Timer
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 from hoplite_mpi.transport.transfer import PROBE, Transfers
 
@@ -86,8 +86,8 @@ class Runtime:
             self.engine,
             self.side,
             peers=self._others,
-            on_silence=lambda peer: self._membership(ms.PeerDown(*peer, "silence")),
-            on_return=lambda peer: self._membership(ms.PeerUp(*peer)),
+            on_silence=lambda peer: self._peer_down(peer, "silence"),
+            on_return=self._peer_up,
         )
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
@@ -122,6 +122,8 @@ class Runtime:
         self._handling = False
         #: processes whose connection broke and are called once more, to see whether they are really gone
         self._redialed: set[PeerKey] = set()
+        #: what tells the membership that a peer has been down for long
+        self._silences: dict[PeerKey, Timer] = {}
         #: this rank has said nothing yet as an owner in this view
         self._silent_owner = True
 
@@ -345,7 +347,7 @@ class Runtime:
     def _side_up(self, peer: PeerKey) -> None:
         self._redialed.discard(peer)
         self.fabric.side_is_up(peer)
-        self._membership(ms.PeerUp(*peer))
+        self._peer_up(peer)
         if self.fabric.link(peer).backlog:
             self._link_wanted(self.fabric.link(peer))
 
@@ -358,7 +360,21 @@ class Runtime:
             self.side.connect(peer, self._reachable(member.address, member.node))
             return
         self._redialed.discard(peer)
-        self._membership(ms.PeerDown(*peer, "reset" if proof in ("reset", "bye") else "silence"))
+        self._peer_down(peer, "reset" if proof in ("reset", "bye") else "silence")
+
+    def _peer_up(self, peer: PeerKey) -> None:
+        if (waiting := self._silences.pop(peer, None)) is not None:
+            waiting.cancel()
+        self._membership(ms.PeerUp(*peer))
+
+    def _peer_down(self, peer: PeerKey, proof: ms.Proof) -> None:
+        def lasts() -> None:
+            del self._silences[peer]
+            self._membership(ms.SilenceLasts(*peer))
+
+        if peer not in self._silences:
+            self._silences[peer] = self.engine.after(self.config.cut_margin, lasts)
+        self._membership(ms.PeerDown(*peer, proof))
 
     def _on_this_node(self, peer: PeerKey) -> bool:
         member = None if self.view is None else self.view.members.get(peer[0])

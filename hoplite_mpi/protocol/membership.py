@@ -7,7 +7,8 @@ Each view decides on the next one, by single-decree Paxos among its members with
   proposes at once. A successor first asks (`Prepare`): who answers promises to follow no lower ballot, and says what it
   accepted, which the successor then has to propose. Nobody answers while it sees somebody senior to the successor.
 * The chief waits for *every* member, until it has answered or is down. It goes on if all that didn't answer are
-  proven dead, or else if those that did are more than half of the view (half for round 0). Otherwise it is out.
+  proven dead, or else if those that did are more than half of the view (half for round 0). Otherwise it is out. Where somebody is
+  silent, it is out at once but goes on only once the silence has lasted, so that the other part no longer answers for anything by then.
 
 So any two ballots for one view have a living member in common, and sides of a cut never both go on. Deaths proven by a
 reset are no votes while somebody is silent: who died may have voted for the silent, and both sides would count it.
@@ -59,6 +60,8 @@ class Membership:
         self._decree = Decree(View(0), {}, frozenset())
         #: own evidence only: the rule on who may go on rests on it. The first proof stays until the peer is up again
         self._down: dict[Peer, Proof] = {}
+        #: of these, who has been for so long that it has closed if it is in the smaller part of a cut
+        self._lasting: set[Peer] = set()
         #: newest incarnation that asked, by rank
         self._joins: dict[int, Member] = {}
         #: back after silence and not heard of since: it may have put this process out, so its death proves nothing
@@ -100,6 +103,9 @@ class Membership:
                 self._on_up((rank, incarnation))
             case ms.PeerDown(rank, incarnation, proof):
                 self._on_down((rank, incarnation), proof)
+            case ms.SilenceLasts(rank, incarnation):
+                if (rank, incarnation) in self._down:
+                    self._lasting.add((rank, incarnation))
             case ms.MessageReceived(src, message):
                 self._on_message(src, message)
             case ms.JoinRequested(member):
@@ -119,6 +125,7 @@ class Membership:
 
     def _on_up(self, peer: Peer) -> None:
         returned = self._down.pop(peer, None) is not None
+        self._lasting.discard(peer)
         if returned:
             self._unsure.add(peer)
         self._reports = {r for r in self._reports if (r.reporter, r.target) != (self.peer, peer)}
@@ -233,6 +240,7 @@ class Membership:
         self._out.append(ms.Install(decree.view, tuple(m for m in gone if m not in left), left))
         has = decree.view.has
         self._down = {p: proof for p, proof in self._down.items() if has(*p) or not self._is_over(p)}
+        self._lasting &= self._down.keys()
         self._joins = {rank: m for rank, m in self._joins.items() if not self._is_over(_peer(m))}
         self._leaves = {p for p in self._leaves if has(*p)}
         self._reports = {r for r in self._reports if has(*r.reporter) and has(*r.target)}
@@ -308,6 +316,8 @@ class Membership:
         if not attempt.is_enough(self._down):
             said = f"only {len(attempt.answers)} of the {len(view)} members of view {view.number} can be reached"
             self._close(ms.Evicted(f"{said}, silent or dead: {attempt.missing()}; the others may go on"))
+        elif any(self._down[peer] == "silence" and peer not in self._lasting for peer in attempt.missing()):
+            return
         elif attempt.value is not None:
             self._announce(attempt.value, [*view.members.values(), *attempt.value.view.members.values()])
             self._learn(attempt.value, announced=True)

@@ -18,6 +18,7 @@ from hoplite_mpi.protocol.membership_messages import (
     PeerUp,
     Proof,
     Send,
+    SilenceLasts,
 )
 from hoplite_mpi.protocol.view import Member, View
 
@@ -124,6 +125,8 @@ class World:
     def give(self, peer: Peer, event: Event) -> None:
         if isinstance(event, PeerDown) and event.proof == "silence":
             self.silenced.add(peer)
+        if isinstance(event, PeerDown):
+            self.channels[(event.rank, event.incarnation), peer].append(SilenceLasts(event.rank, event.incarnation))
         self.do(peer, self.processes[peer].handle(event))
 
     def busy(self) -> list[tuple[Peer, Peer]]:

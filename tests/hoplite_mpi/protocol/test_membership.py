@@ -28,6 +28,7 @@ from hoplite_mpi.protocol.membership_messages import (
     Reject,
     Report,
     Send,
+    SilenceLasts,
     StartFailed,
     StartTimeout,
 )
@@ -225,6 +226,32 @@ def test_a_successor_waits_for_those_who_still_see_the_coordinator() -> None:
     (promise,) = two.handle(PeerDown(0, 0, "reset"))[:1]
     assert isinstance(promise, Send)
     assert isinstance(promise.message, Promise)
+
+
+def test_the_larger_part_of_a_cut_goes_on_only_when_the_silence_has_lasted() -> None:
+    machine = settled(3).processes[0, 0]
+    (proposal,) = machine.handle(PeerDown(2, 0, "silence"))
+    assert isinstance(proposal, Send) and isinstance(proposal.message, Propose)
+    assert machine.handle(MessageReceived((1, 0), Accepted(1, (0, 0)))) == []
+    assert machine.view is not None and machine.view.ranks == [0, 1, 2]
+    out = machine.handle(SilenceLasts(2, 0))
+    assert any(isinstance(what, Install) and what.view.ranks == [0, 1] for what in out)
+
+
+def test_the_larger_part_goes_on_with_whom_it_hears_again() -> None:
+    machine = settled(3).processes[0, 0]
+    machine.handle(PeerDown(2, 0, "silence"))
+    machine.handle(MessageReceived((1, 0), Accepted(1, (0, 0))))
+    machine.handle(PeerUp(2, 0))
+    assert machine.handle(SilenceLasts(2, 0)) == []
+    assert machine.view is not None and machine.view.ranks == [0, 1, 2]
+
+
+def test_the_smaller_part_of_a_cut_ends_at_once() -> None:
+    machine = settled(3).processes[2, 0]
+    machine.handle(PeerDown(0, 0, "silence"))
+    (last,) = machine.handle(PeerDown(1, 0, "silence"))
+    assert isinstance(last, Evicted)
 
 
 def test_repeated_and_stale_news_change_nothing() -> None:
