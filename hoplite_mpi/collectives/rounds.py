@@ -297,7 +297,8 @@ class Rounds:
         """The janitor tells everybody what all have finished."""
         with self._lock:
             members = [(m.rank, m.incarnation) for m in self._view.members.values()]
-            if min(members)[0] != self._me[0]:
+            # none yet: who installed the first view of this process earlier than it did has been quick
+            if not members or min(members)[0] != self._me[0]:
                 return
             over: Table = {}
             for key in set().union(*self._progress.values()):

@@ -111,8 +111,8 @@ class _Runner:
         try:
             self.local.start()
             while not self._over():
-                if time.monotonic() > start + _DEADLINE:
-                    self._hang()
+                if self.outcome.wrong or time.monotonic() > start + _DEADLINE:
+                    self._give_up()
                     break
                 self._look()
                 time.sleep(_POLL)
@@ -226,8 +226,10 @@ class _Runner:
         else:
             self.outcome.wrong.append("rank {}.{} ended with exit code {}".format(*process, code))
 
-    def _hang(self) -> None:
-        self.outcome.wrong.append(f"hang: not over after {_DEADLINE:g} s")
+    def _give_up(self) -> None:
+        """Let those who still run say what they are doing."""
+        if not self.outcome.wrong:
+            self.outcome.wrong.append(f"hang: not over after {_DEADLINE:g} s")
         for rank, code in self.local.poll().items():
             if code is None:
                 self.local.kill(rank, signal.SIGCONT)
