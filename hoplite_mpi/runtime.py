@@ -370,10 +370,15 @@ class Runtime:
     def _peer_down(self, peer: PeerKey, proof: ms.Proof) -> None:
         def lasts() -> None:
             del self._silences[peer]
-            self._membership(ms.SilenceLasts(*peer))
+            if self.view is not None and self.view.has(*peer) and self.closed is None:
+                wait()
+                self._membership(ms.SilenceLasts(*peer))
+
+        def wait() -> None:
+            self._silences[peer] = self.engine.after(self.config.cut_margin, lasts)
 
         if peer not in self._silences:
-            self._silences[peer] = self.engine.after(self.config.cut_margin, lasts)
+            wait()
         self._membership(ms.PeerDown(*peer, proof))
 
     def _on_this_node(self, peer: PeerKey) -> bool:

@@ -31,6 +31,9 @@ from hoplite_mpi.protocol.view import Member, View
 
 __all__ = ["Membership"]
 
+#: reports of silence, each after the target has answered the chief, by which the chief sees that the two can't talk to each other
+_INSISTENT = 2
+
 
 def _peer(member: Member) -> Peer:
     return (member.rank, member.incarnation)
@@ -81,7 +84,10 @@ class Membership:
         #: successors that wait until their seniors are down here too
         self._held: dict[Peer, ms.Prepare] = {}
         self._probed: set[Peer] = set()
+        #: chief only: who has answered since it was reported as silent last
         self._alive: set[Peer] = set()
+        #: (reporter, target) → reports of silence in a row that came after the target had answered
+        self._insisted: dict[tuple[Peer, Peer], int] = {}
         #: what the chief (first item) has been told
         self._told: set[tuple[Peer, ms.Message]] = set()
 
@@ -104,8 +110,7 @@ class Membership:
             case ms.PeerDown(rank, incarnation, proof):
                 self._on_down((rank, incarnation), proof)
             case ms.SilenceLasts(rank, incarnation):
-                if (rank, incarnation) in self._down:
-                    self._lasting.add((rank, incarnation))
+                self._on_lasting((rank, incarnation))
             case ms.MessageReceived(src, message):
                 self._on_message(src, message)
             case ms.JoinRequested(member):
@@ -148,6 +153,21 @@ class Membership:
         if (waiting := self._joins.get(peer[0])) is not None and _peer(waiting) == peer:
             del self._joins[peer[0]]
 
+    def _on_lasting(self, peer: Peer) -> None:
+        if peer in self._down:
+            self._lasting.add(peer)
+            again = [(c, m) for c, m in self._told if isinstance(m, ms.Report) and m.target == peer]
+            self._told.difference_update(again)
+
+    def _on_report(self, report: ms.Report) -> None:
+        self._reports.add(report)
+        if report.proof == "silence":
+            # The target may have been stopped, and the reporter not yet know that it goes on: what counts is a report after its answer.
+            pair = (report.reporter, report.target)
+            self._insisted[pair] = self._insisted.get(pair, 0) + 1 if report.target in self._alive else 0
+            self._alive.discard(report.target)
+            self._probed.discard(report.target)
+
     def _on_join(self, member: Member) -> None:
         if self.view is not None and self._is_over(_peer(member)):
             self._send(_peer(member), ms.Decided(self._decree))  # it is a member, or was one and learns that here
@@ -179,7 +199,7 @@ class Membership:
             case ms.Leave(peer):
                 self._leaves.add(peer)
             case ms.Report():
-                self._reports.add(message)
+                self._on_report(message)
             case ms.Probe():
                 self._send(src, ms.Alive())
             case ms.Alive():
@@ -280,14 +300,28 @@ class Membership:
             self._attempt = None
         if self._attempt is None:
             wanted = self._wanted()
-            if wanted is None:
-                return
             # Round 0 needs no promises, so there is one value for it only: never again after a first try.
-            if self.view.coordinator == self.me.rank and self._acceptor.promised == ms.NOBODY and self._round == 0:
+            at_once = (
+                self.view.coordinator == self.me.rank and self._acceptor.promised == ms.NOBODY and self._round == 0
+            )
+            if wanted is None or self._may_return(at_once):
+                return
+            if at_once:
                 self._propose(Attempt(self._decree, (0, self.me.rank)), wanted)
             else:
                 self._prepare()
         self._advance()
+
+    def _may_return(self, at_once: bool) -> bool:
+        """Whether somebody may yet come back whom this process could go on without."""
+        assert self.view is not None
+        members = [_peer(m) for m in self.view.members.values()]
+        there = 2 * sum(peer not in self._down for peer in members)
+        enough = there > len(members) or (there == len(members) and at_once)
+        return enough and any(self._is_brief(peer) for peer in members)
+
+    def _is_brief(self, peer: Peer) -> bool:
+        return self._down.get(peer) == "silence" and peer not in self._lasting
 
     def _prepare(self) -> None:
         ballot = (max(self._round, self._acceptor.promised[0]) + 1, self.me.rank)
@@ -316,7 +350,7 @@ class Membership:
         if not attempt.is_enough(self._down):
             said = f"only {len(attempt.answers)} of the {len(view)} members of view {view.number} can be reached"
             self._close(ms.Evicted(f"{said}, silent or dead: {attempt.missing()}; the others may go on"))
-        elif any(self._down[peer] == "silence" and peer not in self._lasting for peer in attempt.missing()):
+        elif any(map(self._is_brief, attempt.missing())):
             return
         elif attempt.value is not None:
             self._announce(attempt.value, [*view.members.values(), *attempt.value.view.members.values()])
@@ -350,14 +384,14 @@ class Membership:
         for report in self._reports:
             if not (self.view.has(*report.reporter) and self.view.has(*report.target)):
                 continue
+            pair = (report.reporter, report.target)
             if report.target == self.peer:
-                out.add(report.reporter)
-            elif report.proof == "reset":
+                continue  # this process was stopped, say: if the reporter can't hear it now either, the channel to it breaks
+            if report.proof == "reset":
                 out.add(report.target)
-            elif report.target in self._alive:
+            elif report.target in self._alive and self._insisted.get(pair, 0) >= _INSISTENT:
                 # Both are alive and can't talk to each other: the younger has to go.
-                pair = (self.view.members[report.reporter[0]], self.view.members[report.target[0]])
-                out.add(_peer(max(pair, key=_seniority)))
+                out.add(_peer(max((self.view.members[rank] for rank, _ in pair), key=_seniority)))
         return out
 
     # -- helpers -------------------------------------------------------------------------------------------------------

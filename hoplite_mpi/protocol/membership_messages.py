@@ -216,7 +216,10 @@ class PeerDown:
 
 @dataclass(frozen=True)
 class SilenceLasts:
-    """`Config.cut_margin` after `PeerDown`, and without a `PeerUp` since: where the network is cut, the smaller part has closed by now."""
+    """`Config.cut_margin` after `PeerDown`, and without a `PeerUp` since: where the network is cut, the smaller part has closed by now.
+
+    Comes again and again, until a `PeerUp` or a view without the peer.
+    """
 
     rank: int
     incarnation: int
