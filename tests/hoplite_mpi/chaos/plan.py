@@ -62,9 +62,17 @@ _PASSINGS = {
     "membership.vote": 2,
     "transfer.pulled": 6,
     "transfer.completed": 5,
+    "transfer.stop": 1,
+    "transfer.stopped": 1,
+    "transfer.drained": 1,
+    "membership.promise": 1,
+    "join.let_in": 1,
+    "join.in": 1,
 }
+#: where a process that is stopped has bytes under way
+_BUSY = ("transfer.chunk_sent", "transfer.chunk_received", "transfer.chunk_relayed", "reduce.chunk")
 #: seconds for which a process is stopped: shorter than a stall, longer than that, longer than the others wait for it
-_STOPS = {"short": (0.1, 0.4), "middle": (0.8, 2.0), "long": (6.0, 7.0)}
+_STOPS = {"short": (0.1, 0.4), "middle": (0.8, 2.0), "long": (5.5, 9.0)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def plan(seed: int) -> Trial:
         "HOPLITE_KEEPALIVE_TIMEOUT": "3" if kind.startswith("hosts") else "2",
         "HOPLITE_JOIN_TIMEOUT": "4",
         # so short only where somebody is to be put out: a busy machine is slow, too
-        "HOPLITE_EVICT_TIMEOUT": "5" if kind == "stop long" else "15",
+        "HOPLITE_EVICT_TIMEOUT": "4.5" if kind == "stop long" else "15",
         "HOPLITE_DEFAULT_TIMEOUT": "25",
         "HOPLITE_CLOSE_TIMEOUT": "3",
     }
@@ -149,16 +157,22 @@ def _at_point(rng: random.Random, name: str, ranks: int) -> list[Fault]:
     if name.startswith(_AFTER_A_DEATH):
         return [fatal, Fault("kill", rank=rng.randrange(ranks), after=when)]
     if name in _AFTER_A_STALL:
-        return [fatal, Fault("stop", rank=rng.randrange(ranks), after=when, seconds=rng.uniform(*_STOPS["middle"]))]
+        return [fatal, _stop(rng, "transfer.chunk_sent", "middle")]
     if rng.random() < 0.2:  # somebody else dies at about the same time
         return [fatal, Fault("kill", rank=rng.randrange(ranks), after=when)]
     return [fatal]
+
+
+def _stop(rng: random.Random, point: str, how_long: str) -> Fault:
+    return Fault("stop", point=point, at=rng.randint(1, _PASSINGS[point]), seconds=rng.uniform(*_STOPS[how_long]))
 
 
 def _others(rng: random.Random, kind: str, nodes: tuple[int, ...]) -> list[Fault]:
     first, second = rng.sample(range(len(nodes)), 2)
     when = rng.uniform(0.0, 0.8)
     how, _, what = kind.partition(" ")
+    if how == "stop" and rng.random() < 0.6:
+        return [_stop(rng, rng.choice(_BUSY), what)]
     if how == "stop":
         return [Fault("stop", rank=first, after=when, seconds=rng.uniform(*_STOPS[what]))]
     if how == "two":

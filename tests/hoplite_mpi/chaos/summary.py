@@ -39,7 +39,7 @@ class Needs:
         points = _sum(o.points for o in outcomes)
         roles = _sum(o.roles for o in outcomes)
         kinds = Counter(o.kind for o in outcomes)
-        fatal = [f.point for f in trial.faults if f.point is not None]
+        fatal = [f.point for f in trial.faults if f.point is not None and f.how == "kill"]
         return (
             kinds[trial.kind] < _EACH_KIND
             or any(points[p] < self.each for p in fatal)

@@ -152,6 +152,9 @@ class _Runner:
                 continue
             self.awaited.remove(found)
             self.last = time.monotonic()
+            if found.how == "stop":
+                self._stopped((entry.rank, entry.incarnation), entry.time, found.seconds)
+                continue
             self._killed((entry.rank, entry.incarnation), entry.time)
             self.outcome.points[entry.point] = self.outcome.points.get(entry.point, 0) + 1
             role = POINTS[entry.point].role
@@ -160,6 +163,10 @@ class _Runner:
     def _killed(self, process: Process, when: float) -> None:
         self.killed[process] = when
         self.outcome.kills += 1
+
+    def _stopped(self, process: Process, when: float, seconds: float) -> None:
+        self.story.stopped[process] = (when, when + seconds)
+        self.later.append((when + seconds, lambda: self._go_on(process)))
 
     def _do(self, what: Fault) -> None:
         assert what.rank is not None
@@ -173,8 +180,7 @@ class _Runner:
                 self.outcome.roles[role] = self.outcome.roles.get(role, 0) + 1
         elif what.how == "stop":
             if self.local.kill(rank, signal.SIGSTOP):
-                self.story.stopped[process] = (now, now + what.seconds)
-                self.later.append((now + what.seconds, lambda: self._go_on(process)))
+                self._stopped(process, now, what.seconds)
         else:
             assert self.hosts is not None
             host = self.trial.nodes[rank]

@@ -91,8 +91,10 @@ def verify(story: Story, trial: Trial, killed: dict[Process, float], outcome: Ou
         for process, line in story.of(kind):
             text = line.get("text") or json.dumps(line)
             outcome.wrong.append("rank {}.{} {}: {}".format(*process, kind, text))
-    _same(story, "call", ("call",), ("op", "took"), killed, outcome)
-    _same(story, "reduced", ("rid",), ("sources",), killed, outcome)
+    # who is put out is to the others as if it had died when it was stopped
+    dead = {process: story.stopped[process][0] for process in story.evicted if process in story.stopped} | killed
+    _same(story, "call", ("call",), ("op", "took"), dead, outcome)
+    _same(story, "reduced", ("rid",), ("sources",), dead, outcome)
     gone = killed.keys() | story.ended.keys()
     for process, line in story.of("lost"):
         owner = tuple(line["process"])
