@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: setup run test lint bench clean
+.PHONY: setup run test chaos lint bench clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(PY) tests/run.py
+
+# Kills until all has been killed often enough; goes on where it was, and ARGS='--seed S' repeats one trial.
+chaos: $(STAMP)
+	$(PY) -m tests.hoplite_mpi.chaos $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

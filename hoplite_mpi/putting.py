@@ -65,6 +65,7 @@ class Putter:
                 pinned, fresh = self._seal(oid, meta, source, digest, confirm)
                 if sums is not None:
                     sums.make(source, 0, meta.nbytes)
+                fault.point("put.sealed")
                 self._announce(oid, meta, digest, None, pinned, confirm, fresh, sums)
 
     def adopt(self, oid: ObjectID) -> Meta:
@@ -133,6 +134,7 @@ class Putter:
                 return False
             self._copy(region, source, grow, accepted)
             accepted.result()
+            fault.point("put.copied")
             deadline = time.monotonic() + self._runtime.config.join_timeout
             while not self._locked(end):
                 # bytes that another process of this node has put at the same time: the owner refuses them, and they go
@@ -213,6 +215,7 @@ class Putter:
                 runtime.memory.delete(oid)
 
         self._locked(begin)
+        fault.point("put.announced")
         future.result()
         self._counts.puts += 1
 

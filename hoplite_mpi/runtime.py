@@ -11,6 +11,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hoplite_mpi import passing
 from hoplite_mpi.checksums import whole_blocks
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
@@ -25,9 +26,11 @@ from hoplite_mpi.protocol import wire
 from hoplite_mpi.protocol.core import Protocol
 from hoplite_mpi.protocol.links import Links
 from hoplite_mpi.protocol.membership import Membership
+from hoplite_mpi.protocol.messages import Report, RootDone
 from hoplite_mpi.protocol.view import Member, View
 from hoplite_mpi.reserving import Reserver
 from hoplite_mpi.slots import Slots, slot_of
+from hoplite_mpi.testing import fault
 from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
@@ -36,7 +39,7 @@ from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
 from hoplite_mpi.transport.gauge import Gauge
 from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
-from hoplite_mpi.transport.primitives import Ordered
+from hoplite_mpi.transport.primitives import Ordered, Timer
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 from hoplite_mpi.transport.streams import PROBE
 from hoplite_mpi.transport.transfer import Transfers
@@ -51,6 +54,8 @@ _MEMBERSHIP = 20
 _PROTOCOL, _TRANSFER, _FIRST_USER_CHANNEL = 0, 1, 16
 #: messages kept for a channel that is not open yet
 _MAX_UNCLAIMED = 10_000
+#: seconds for a new member to call this process; then this process calls it
+_CALL_AFTER = 0.2
 #: seconds between looks at the rendezvous directory while joining
 _JOIN_PERIOD = 0.05
 
@@ -90,8 +95,8 @@ class Runtime:
             self.engine,
             self.side,
             peers=self._others,
-            on_silence=lambda peer: self._membership(ms.PeerDown(*peer, "silence")),
-            on_return=lambda peer: self._membership(ms.PeerUp(*peer)),
+            on_silence=lambda peer: self._peer_down(peer, "silence"),
+            on_return=self._peer_up,
         )
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
@@ -131,6 +136,10 @@ class Runtime:
         self._handling = False
         #: processes whose connection broke and are called once more, to see whether they are really gone
         self._redialed: set[PeerKey] = set()
+        #: what tells the membership that a peer has been down for long
+        self._silences: dict[PeerKey, Timer] = {}
+        #: this rank has said nothing yet as an owner in this view
+        self._silent_owner = True
 
     # -- life ----------------------------------------------------------------------------------------------------------------
 
@@ -254,6 +263,7 @@ class Runtime:
 
     def handle(self, event: ev.Event) -> None:
         """Give the protocol an event and carry out what it says; events that this causes follow in order."""
+        passing.doing(event)
         self._events.append(event)
         if self._handling:
             return
@@ -269,6 +279,7 @@ class Runtime:
             self._handling = False
 
     def _do(self, what: ev.Instruction) -> None:
+        passing.doing(what)
         match what:
             case ev.Send():
                 self._send(what)
@@ -306,6 +317,10 @@ class Runtime:
     def _send(self, what: ev.Send) -> None:
         member = None if self.view is None else self.view.members.get(what.dst)
         if member is not None:
+            passing.leaving(what.message)
+            if self._silent_owner and self.protocol.ready and not isinstance(what.message, Report):
+                self._silent_owner = False
+                fault.point("rebuild.first_answer")
             self.fabric.send((member.rank, member.incarnation), _PROTOCOL, wire.encode(what.message))
 
     def _reduce_inline(self, what: ev.ReduceInline) -> None:
@@ -337,7 +352,11 @@ class Runtime:
         if channel == _TRANSFER:
             self.transfers.on_message(peer, payload)
         elif channel == _PROTOCOL:
-            self.handle(ev.MessageReceived(peer[0], wire.decode(payload)))
+            message = wire.decode(payload)
+            passing.arriving(message)
+            self.handle(ev.MessageReceived(peer[0], message))
+            if isinstance(message, RootDone):
+                fault.point("reduce.after_final")
         else:
             self._channel_message(peer, channel - _FIRST_USER_CHANNEL, payload)
 
@@ -360,7 +379,7 @@ class Runtime:
     def _side_up(self, peer: PeerKey) -> None:
         self._redialed.discard(peer)
         self.fabric.side_is_up(peer)
-        self._membership(ms.PeerUp(*peer))
+        self._peer_up(peer)
         if self.fabric.link(peer).backlog:
             self._link_wanted(self.fabric.link(peer))
 
@@ -373,7 +392,26 @@ class Runtime:
             self.side.connect(peer, self._reachable(member.address, member.node))
             return
         self._redialed.discard(peer)
-        self._membership(ms.PeerDown(*peer, "reset" if proof in ("reset", "bye") else "silence"))
+        self._peer_down(peer, "reset" if proof in ("reset", "bye") else "silence")
+
+    def _peer_up(self, peer: PeerKey) -> None:
+        if (waiting := self._silences.pop(peer, None)) is not None:
+            waiting.cancel()
+        self._membership(ms.PeerUp(*peer))
+
+    def _peer_down(self, peer: PeerKey, proof: ms.Proof) -> None:
+        def lasts() -> None:
+            del self._silences[peer]
+            if self.view is not None and self.view.has(*peer) and self.closed is None:
+                wait()
+                self._membership(ms.SilenceLasts(*peer))
+
+        def wait() -> None:
+            self._silences[peer] = self.engine.after(self.config.cut_margin, lasts)
+
+        if peer not in self._silences:
+            wait()
+        self._membership(ms.PeerDown(*peer, proof))
 
     def _on_this_node(self, peer: PeerKey) -> bool:
         member = None if self.view is None else self.view.members.get(peer[0])
@@ -397,7 +435,9 @@ class Runtime:
         elif kind in liveness.KINDS:
             self.liveness.on_side_message(peer, kind)
         elif kind == _MEMBERSHIP:
-            self._membership(ms.MessageReceived(peer, ms.Message.from_wire(body)))
+            message = ms.Message.from_wire(body)
+            passing.membership_arriving(message)
+            self._membership(ms.MessageReceived(peer, message))
 
     def _reachable(self, address: tuple[str, int], node: str) -> tuple[str, int]:
         return ("127.0.0.1", address[1]) if node == self.place.node else address
@@ -437,7 +477,9 @@ class Runtime:
         for what in instructions:
             match what:
                 case ms.Send():
+                    passing.membership_leaving(what.message)
                     self.side.send(what.dst, _MEMBERSHIP, what.message.to_wire())
+                    passing.membership_left(what.message)
                 case ms.Install():
                     self._install(what)
                 case ms.Evicted():
@@ -449,7 +491,10 @@ class Runtime:
 
     def _install(self, what: ms.Install) -> None:
         view, before = what.view, self.view
+        newcomer = before is None and self.place.incarnation > 0
+        fault.point("join.let_in" if newcomer else "membership.install")
         self.view = view
+        self._silent_owner = True
         self._set_chunk_size()
         self.peers_lost += len(what.lost)
         self.observer.counts.views += 1
@@ -470,14 +515,23 @@ class Runtime:
                 continue
             if not self._is_senior(peer):  # the junior of a pair calls
                 self.side.connect(peer, self._reachable(member.address, member.node))
+            else:  # unless it has died since it asked to be let in: that has to come out
+                self.engine.after(_CALL_AFTER, lambda peer=peer: self._call(peer))  # type: ignore[misc]
             if self.place.comm is not None:
                 self.fabric.up(self.fabric.link(peer), self.place.comm, member.rank)
         self._adopt(view)  # first, so that this rank's report has them
         self.handle(ev.ViewInstalled(view))
         for listener in self.view_listeners:
             self._ordered.post(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
+        fault.point("join.in" if newcomer else "membership.installed")
         lost = ", ".join(f"{m.rank}.{m.incarnation}" for m in what.lost)
         log.info("view %d: ranks %s%s", view.number, view.ranks, f" (lost: {lost})" if lost else "")
+
+    def _call(self, peer: PeerKey) -> None:
+        """Call a member that has not called, though it should have."""
+        address = self._address_of(peer)
+        if address is not None and self.closed is None and not self.side.connected(peer):
+            self.side.connect(peer, address)
 
     def _adopt(self, view: View) -> None:
         """Go on serving what members of this node that are gone left in the arena; the lowest rank of the node does."""

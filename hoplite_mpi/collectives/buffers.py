@@ -69,10 +69,11 @@ def stack(what: str, out: Any, values: Sequence[Any]) -> Any:
 def items_for(what: str, value: Any, processes: Sequence[Process]) -> dict[Process, Any]:
     """Return process → its item of *value*, a sequence or an array with one item for each along its first axis.
 
-    One for each rank from 0 to the highest, or one for each process that takes part. ValueError for another number.
+    Either by rank, from 0 to the highest that takes part or beyond, since who was the highest may have died meanwhile; or one for each
+    process that takes part, in their order. ValueError for another number.
     """
     count = len(value)
-    if count == processes[-1][0] + 1:
+    if count > processes[-1][0]:
         return {process: value[process[0]] for process in processes}
     if count == len(processes):
         return dict(zip(processes, value, strict=True))

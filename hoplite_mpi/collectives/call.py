@@ -14,6 +14,7 @@ from hoplite_mpi.errors import GetTimeoutError, HopliteError, ObjectExistsError,
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import ReduceOp
+from hoplite_mpi.testing import fault
 from hoplite_mpi.values import as_bytes
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Call:
         self.round.large = self.round.large or meta.nbytes > self.config.inline_limit
         self.round.objects.append(oid)
         self._store.put_bytes(oid, meta, source)
+        fault.point("collective.put")
         return oid
 
     def begin_get(self, label: str, process: Process) -> Future:
@@ -111,6 +113,7 @@ class Call:
 
     def wait(self, future: Future) -> Any:
         """Return what a future gives within the time of the call."""
+        fault.point("collective.wait")
         try:
             return future.result(self.left())
         except GetTimeoutError:
@@ -196,6 +199,7 @@ class Call:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        fault.point("collective.finished")
         if self._trace.on:
             failed = {} if error is None else {"error": repr(error)}
             self._trace.event("call.end", **self._called, **failed)

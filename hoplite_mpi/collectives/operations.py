@@ -212,7 +212,7 @@ class Collectives:
     ) -> Any:
         """Return this rank's item of what the root gives: a sequence, or an array along whose first axis they are.
 
-        One item for each rank from 0 to the highest, or one for each that takes part. PeerLostError if the root is gone with it.
+        One item for each rank from 0 to the highest, or beyond, or one for each that takes part. PeerLostError if the root is gone with it.
         """
         self._rank_of_root("scatter", root)
         mine = cast("ObjectStore", self).rank == root

@@ -21,6 +21,7 @@ import msgpack
 
 from hoplite_mpi.errors import GetTimeoutError, HopliteError
 from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.testing import fault
 from hoplite_mpi.transport.primitives import Waiter
 
 if TYPE_CHECKING:
@@ -275,8 +276,10 @@ class Rounds:
             self._told.update((m.rank, m.incarnation) for m in new)
             table = dict(self._begun)
         for rank in others:
+            fault.point("collective.begins")
             self._send(rank, _BEGINS, begins or {})
         for member in new:
+            fault.point("collective.table")
             self._send(member.rank, _TABLE, table)
 
     def _send(self, rank: int, kind: int, table: Table) -> None:
@@ -294,7 +297,8 @@ class Rounds:
         """The janitor tells everybody what all have finished."""
         with self._lock:
             members = [(m.rank, m.incarnation) for m in self._view.members.values()]
-            if min(members)[0] != self._me[0]:
+            # none yet: who installed the first view of this process earlier than it did has been quick
+            if not members or min(members)[0] != self._me[0]:
                 return
             over: Table = {}
             for key in set().union(*self._progress.values()):

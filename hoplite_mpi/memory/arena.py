@@ -21,6 +21,7 @@ import msgpack
 from ..errors import ClosedError, StoreFullError
 from ..ids import ObjectID
 from ..meta import Meta
+from ..testing import fault
 from ._allocator import Allocator
 from ._keeper import Role, key_of
 from ._mapping import HEADER, META_LIMIT, RETIRED, SEALED, Export, HeaderFields, Mapping, rename_new
@@ -155,9 +156,11 @@ class Arena(Allocator):
                 raise ClosedError(f"{region!r} can't be sealed: it is {mapping.role.value}")
             mapping.header.set_version(region.version)
             mapping.header.state = SEALED
+            fault.point("arena.before_rename")
             if not rename_new(mapping.path, self._path(key)):
                 self._retire(mapping)
                 return False
+            fault.point("arena.after_rename")
             mapping.path = None
             mapping.role = Role.PUBLISHED
             self._bind(mapping, key)
@@ -224,6 +227,7 @@ class Arena(Allocator):
                 if own is not None:
                     self._forget(own)
                 return False
+            fault.point("delete.renamed")
             fd = os.open(temporary, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 mapping = self._mappings.get(os.fstat(fd).st_ino) or Mapping(fd, temporary, writable=True)

@@ -7,7 +7,8 @@ Each view decides on the next one, by single-decree Paxos among its members with
   proposes at once. A successor first asks (`Prepare`): who answers promises to follow no lower ballot, and says what it
   accepted, which the successor then has to propose. Nobody answers while it sees somebody senior to the successor.
 * The chief waits for *every* member, until it has answered or is down. It goes on if all that didn't answer are
-  proven dead, or else if those that did are more than half of the view (half for round 0). Otherwise it is out.
+  proven dead, or else if those that did are more than half of the view (half for round 0). Otherwise it is out. Where somebody is
+  silent, it is out at once but goes on only once the silence has lasted, so that the other part no longer answers for anything by then.
 
 So any two ballots for one view have a living member in common, and sides of a cut never both go on. Deaths proven by a
 reset are no votes while somebody is silent: who died may have voted for the silent, and both sides would count it.
@@ -29,6 +30,9 @@ from hoplite_mpi.protocol.membership_messages import Decree, Peer, Proof
 from hoplite_mpi.protocol.view import Member, View
 
 __all__ = ["Membership"]
+
+#: reports of silence, each after the target has answered the chief, by which the chief sees that the two can't talk to each other
+_INSISTENT = 2
 
 
 def _peer(member: Member) -> Peer:
@@ -59,6 +63,8 @@ class Membership:
         self._decree = Decree(View(0), {}, frozenset())
         #: own evidence only: the rule on who may go on rests on it. The first proof stays until the peer is up again
         self._down: dict[Peer, Proof] = {}
+        #: of these, who has been for so long that it has closed if it is in the smaller part of a cut
+        self._lasting: set[Peer] = set()
         #: newest incarnation that asked, by rank
         self._joins: dict[int, Member] = {}
         #: back after silence and not heard of since: it may have put this process out, so its death proves nothing
@@ -78,7 +84,10 @@ class Membership:
         #: successors that wait until their seniors are down here too
         self._held: dict[Peer, ms.Prepare] = {}
         self._probed: set[Peer] = set()
+        #: chief only: who has answered since it was reported as silent last
         self._alive: set[Peer] = set()
+        #: (reporter, target) → reports of silence in a row that came after the target had answered
+        self._insisted: dict[tuple[Peer, Peer], int] = {}
         #: what the chief (first item) has been told
         self._told: set[tuple[Peer, ms.Message]] = set()
 
@@ -100,6 +109,8 @@ class Membership:
                 self._on_up((rank, incarnation))
             case ms.PeerDown(rank, incarnation, proof):
                 self._on_down((rank, incarnation), proof)
+            case ms.SilenceLasts(rank, incarnation):
+                self._on_lasting((rank, incarnation))
             case ms.MessageReceived(src, message):
                 self._on_message(src, message)
             case ms.JoinRequested(member):
@@ -119,6 +130,7 @@ class Membership:
 
     def _on_up(self, peer: Peer) -> None:
         returned = self._down.pop(peer, None) is not None
+        self._lasting.discard(peer)
         if returned:
             self._unsure.add(peer)
         self._reports = {r for r in self._reports if (r.reporter, r.target) != (self.peer, peer)}
@@ -140,6 +152,21 @@ class Membership:
         self._down.setdefault(peer, "silence" if peer in self._unsure else proof)
         if (waiting := self._joins.get(peer[0])) is not None and _peer(waiting) == peer:
             del self._joins[peer[0]]
+
+    def _on_lasting(self, peer: Peer) -> None:
+        if peer in self._down:
+            self._lasting.add(peer)
+            again = [(c, m) for c, m in self._told if isinstance(m, ms.Report) and m.target == peer]
+            self._told.difference_update(again)
+
+    def _on_report(self, report: ms.Report) -> None:
+        self._reports.add(report)
+        if report.proof == "silence":
+            # The target may have been stopped, and the reporter not yet know that it goes on: what counts is a report after its answer.
+            pair = (report.reporter, report.target)
+            self._insisted[pair] = self._insisted.get(pair, 0) + 1 if report.target in self._alive else 0
+            self._alive.discard(report.target)
+            self._probed.discard(report.target)
 
     def _on_join(self, member: Member) -> None:
         if self.view is not None and self._is_over(_peer(member)):
@@ -172,7 +199,7 @@ class Membership:
             case ms.Leave(peer):
                 self._leaves.add(peer)
             case ms.Report():
-                self._reports.add(message)
+                self._on_report(message)
             case ms.Probe():
                 self._send(src, ms.Alive())
             case ms.Alive():
@@ -233,6 +260,7 @@ class Membership:
         self._out.append(ms.Install(decree.view, tuple(m for m in gone if m not in left), left))
         has = decree.view.has
         self._down = {p: proof for p, proof in self._down.items() if has(*p) or not self._is_over(p)}
+        self._lasting &= self._down.keys()
         self._joins = {rank: m for rank, m in self._joins.items() if not self._is_over(_peer(m))}
         self._leaves = {p for p in self._leaves if has(*p)}
         self._reports = {r for r in self._reports if has(*r.reporter) and has(*r.target)}
@@ -272,14 +300,28 @@ class Membership:
             self._attempt = None
         if self._attempt is None:
             wanted = self._wanted()
-            if wanted is None:
-                return
             # Round 0 needs no promises, so there is one value for it only: never again after a first try.
-            if self.view.coordinator == self.me.rank and self._acceptor.promised == ms.NOBODY and self._round == 0:
+            at_once = (
+                self.view.coordinator == self.me.rank and self._acceptor.promised == ms.NOBODY and self._round == 0
+            )
+            if wanted is None or self._may_return(at_once):
+                return
+            if at_once:
                 self._propose(Attempt(self._decree, (0, self.me.rank)), wanted)
             else:
                 self._prepare()
         self._advance()
+
+    def _may_return(self, at_once: bool) -> bool:
+        """Whether somebody may yet come back whom this process could go on without."""
+        assert self.view is not None
+        members = [_peer(m) for m in self.view.members.values()]
+        there = 2 * sum(peer not in self._down for peer in members)
+        enough = there > len(members) or (there == len(members) and at_once)
+        return enough and any(self._is_brief(peer) for peer in members)
+
+    def _is_brief(self, peer: Peer) -> bool:
+        return self._down.get(peer) == "silence" and peer not in self._lasting
 
     def _prepare(self) -> None:
         ballot = (max(self._round, self._acceptor.promised[0]) + 1, self.me.rank)
@@ -308,6 +350,8 @@ class Membership:
         if not attempt.is_enough(self._down):
             said = f"only {len(attempt.answers)} of the {len(view)} members of view {view.number} can be reached"
             self._close(ms.Evicted(f"{said}, silent or dead: {attempt.missing()}; the others may go on"))
+        elif any(map(self._is_brief, attempt.missing())):
+            return
         elif attempt.value is not None:
             self._announce(attempt.value, [*view.members.values(), *attempt.value.view.members.values()])
             self._learn(attempt.value, announced=True)
@@ -340,14 +384,14 @@ class Membership:
         for report in self._reports:
             if not (self.view.has(*report.reporter) and self.view.has(*report.target)):
                 continue
+            pair = (report.reporter, report.target)
             if report.target == self.peer:
-                out.add(report.reporter)
-            elif report.proof == "reset":
+                continue  # this process was stopped, say: if the reporter can't hear it now either, the channel to it breaks
+            if report.proof == "reset":
                 out.add(report.target)
-            elif report.target in self._alive:
+            elif report.target in self._alive and self._insisted.get(pair, 0) >= _INSISTENT:
                 # Both are alive and can't talk to each other: the younger has to go.
-                pair = (self.view.members[report.reporter[0]], self.view.members[report.target[0]])
-                out.add(_peer(max(pair, key=_seniority)))
+                out.add(_peer(max((self.view.members[rank] for rank, _ in pair), key=_seniority)))
         return out
 
     # -- helpers -------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ __all__ = [
     "Reject",
     "Report",
     "Send",
+    "SilenceLasts",
     "StartFailed",
     "StartTimeout",
 ]
@@ -214,6 +215,17 @@ class PeerDown:
 
 
 @dataclass(frozen=True)
+class SilenceLasts:
+    """`Config.cut_margin` after `PeerDown`, and without a `PeerUp` since: where the network is cut, the smaller part has closed by now.
+
+    Comes again and again, until a `PeerUp` or a view without the peer.
+    """
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
 class MessageReceived:
     """A membership message came from *src*."""
 
@@ -238,7 +250,7 @@ class StartTimeout:
     """The time for all founders to be there is over. Harmless once there is a view."""
 
 
-Event = PeerUp | PeerDown | MessageReceived | JoinRequested | LeaveRequested | StartTimeout
+Event = PeerUp | PeerDown | SilenceLasts | MessageReceived | JoinRequested | LeaveRequested | StartTimeout
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------

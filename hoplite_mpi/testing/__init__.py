@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hoplite_mpi.testing import _fault as fault
+from hoplite_mpi.testing._points import POINTS, Point
 
 if TYPE_CHECKING:
     from hoplite_mpi.testing._hosts import EmulatedHosts
     from hoplite_mpi.testing._ranks import RankResult, run_ranks
 
-__all__ = ["EmulatedHosts", "RankResult", "fault", "run_ranks"]
+__all__ = ["POINTS", "EmulatedHosts", "Point", "RankResult", "fault", "run_ranks"]
 
 
 def __getattr__(name: str) -> Any:

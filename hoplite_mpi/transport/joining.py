@@ -44,6 +44,8 @@ _FREE_TIMEOUT = 6.0
 _LEAVE_TIMEOUT = 1.0
 #: seconds between looks at a peer that is being joined; a join takes some hundredths of a second
 _LOOK_PERIOD = 0.2
+#: seconds after which a join is in MPI, and mostly not over
+_FIRST_LOOK = 0.001
 #: seconds until a join that failed though both live is tried again
 _RETRY_PERIOD = 1.0
 #: variables that would make another process believe that it is this one
@@ -168,6 +170,7 @@ class Joiner:
                 comm = MPI.COMM_SELF.Accept(job.port)
             if job.freed:  # this is our own helper, not the peer
                 return None
+            fault.point("join.accepted")
             comm.Set_errhandler(MPI.ERRORS_RETURN)
             return comm
         finally:
@@ -179,6 +182,7 @@ class Joiner:
         fault.point("join.before_connect")
         with self._watched(job):
             comm = MPI.COMM_SELF.Connect(job.port)
+        fault.point("join.connected")
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         return comm
 
@@ -200,6 +204,8 @@ class Joiner:
         # who accepts is the patient one: if both live and are stuck, the other leaves first, and is seen to be gone
         patience = config.join_timeout * (1.5 if job.accepts else 1.0)
         deadline = time.monotonic() + patience
+        if not job.over.wait(_FIRST_LOOK):
+            fault.point("join.in_accept" if job.accepts else "join.in_connect")
         while not job.over.wait(_LOOK_PERIOD):
             if job.dead:
                 why = "it has been given up"

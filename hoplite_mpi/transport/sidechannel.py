@@ -2,6 +2,9 @@
 
 The kernel says who is dead: a reset or an end without goodbye proves it; keepalive and TCP_USER_TIMEOUT report silence, without any
 code running on the other side, so a process that holds the GIL for a minute is not dead.
+
+Keepalive stops while something is unacknowledged, and TCP_USER_TIMEOUT counts from when that was sent: a message sent just before
+keepalive gives up would double the time. So whoever sends looks again when the last acknowledgement is `Config.keepalive_timeout` old.
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ PeerKey = tuple[int, int]
 _HEADER = struct.Struct("<IB")
 _HELLO, _CHALLENGE, _PROOF, _BYE, _USER = range(5)
 _MAX_FRAME = 64 << 20
+#: Linux's struct tcp_info up to last_ack_recv: packets that are not acknowledged, and milliseconds since the last acknowledgement
+_TCP_INFO = struct.Struct("=8B13I")
+_UNACKED, _LAST_ACK = 8 + 4, 8 + 12
+#: seconds between two looks that have to find the same: this process itself may have been stopped
+_SECOND_LOOK = 0.1
 #: errors by which the kernel says that the process at the other end is gone
 _RESET = {errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED, errno.ECONNABORTED}
 
@@ -69,6 +77,10 @@ class _Connection:
     said_bye: bool = False
     connecting: bool = False
     deadline: Timer | None = None
+    #: looks whether what was sent has been acknowledged
+    look: Timer | None = None
+    #: the last look found an acknowledgement overdue
+    overdue: bool = False
 
     def __post_init__(self) -> None:
         self.inbox, self.outbox = bytearray(), bytearray()
@@ -303,6 +315,24 @@ class SideChannel:
             self._engine.after(0, lambda: self._lost(connection, proof))
             return
         self._engine.modify_socket(connection.sock.fileno(), select.EPOLLIN)
+        if connection.trusted and connection.look is None:
+            self._look(connection)
+
+    def _look(self, connection: _Connection) -> None:
+        """Find out whether the peer's kernel still answers, and look again when it will be silent for too long."""
+        connection.look = None
+        if connection.sock.fileno() < 0:
+            return
+        info = _TCP_INFO.unpack(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+        if not info[_UNACKED]:
+            connection.overdue = False
+            return
+        left = self._engine.config.keepalive_timeout - info[_LAST_ACK] / 1000
+        if left <= 0 and connection.overdue:
+            self._lost(connection, "silence")
+            return
+        connection.overdue = left <= 0
+        connection.look = self._engine.after(max(left, _SECOND_LOOK), lambda: self._look(connection))
 
     def _reject(self, connection: _Connection, what: str) -> None:
         log.warning("side channel: connection from %s refused: %s", connection.peer or "a stranger", what)
@@ -323,8 +353,9 @@ class SideChannel:
             return
         self._engine.remove_socket(connection.sock.fileno())
         self._connections.pop(connection.sock.fileno(), None)
-        if connection.deadline is not None:
-            connection.deadline.cancel()
+        for timer in (connection.deadline, connection.look):
+            if timer is not None:
+                timer.cancel()
         if connection.peer is not None:
             self._dialing.discard(connection.peer)
             if self._peers.get(connection.peer) is connection:

@@ -132,6 +132,8 @@ class Transfers:
         self._refill(incoming)
         request = [_PULL, incoming.number, incoming.tag, key, offset, end, chunk, sums is not None]
         self._fabric.send(link.peer, self._channel, msgpack.packb(request))
+        if not incoming.probe:
+            fault.point("transfer.pulled")
         if offset >= end:
             self._engine.after(0, lambda: self._finish(incoming, None))
         elif watch:
@@ -165,6 +167,8 @@ class Transfers:
         self._fabric.send(incoming.link.peer, self._channel, msgpack.packb([_STOP, incoming.number]))
         for repair in incoming.repairs.values():
             self.give_up(repair, reason)
+        if not incoming.probe:
+            fault.point("transfer.stop")
 
     def _refill(self, incoming: Incoming) -> None:
         link = incoming.link
@@ -280,7 +284,10 @@ class Transfers:
             self.probes -= 1
         else:
             self._ended(incoming, reason)
-        if not incoming.draining:
+        if incoming.draining:
+            if not incoming.probe:
+                fault.point("transfer.drained")
+        else:
             incoming.on_end(reason, tainted)
 
     def _ended(self, incoming: Incoming, reason: str | None) -> None:
@@ -349,6 +356,8 @@ class Transfers:
                 name = self._name_of(key)
                 self.trace.event("serve.end", id=number, peer=link.peer[0], posted=outgoing.posted, **name)
         if not complete and not link.down:
+            if key != PROBE:
+                fault.point("transfer.stopped")
             self._fabric.send(link.peer, self._channel, msgpack.packb([_STOPPED, number, outgoing.posted]))
 
     async def _send_all(self, outgoing: Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> bool:
@@ -389,6 +398,8 @@ class Transfers:
                 told = end_of_sums
             if key != PROBE:
                 fault.point("transfer.chunk_sent")
+                if stream.progress < len(stream.data):
+                    fault.point("transfer.chunk_relayed")
                 self.bytes_sent += stop - position
             in_flight += 1
             # `keep` holds the stream's bytes in place while MPI reads them

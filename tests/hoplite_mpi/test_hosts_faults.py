@@ -234,3 +234,41 @@ def test_of_two_parts_of_a_cut_the_smaller_ends(tmp_path: Path) -> None:
         assert closed
     for rank in (0, 2, 4):
         assert results[rank].value[1]
+
+
+# -- how long it takes ---------------------------------------------------------------------------------------------------------
+
+
+def _speaks_late(directory: str) -> Any:
+    """A message sent just before keepalive gives the other host up does not make the wait begin again."""
+    import hoplite_mpi as hm
+
+    store = hm.init()
+    store.barrier()
+    if store.rank == 1:
+        never = hm.ObjectID.from_name("never")
+        return _evicted(lambda: store.get(never))
+    time.sleep(1.0)  # until nothing is said any more
+    _tell(directory, "ready")
+    _until(Path(directory, "dark").exists, "the cable was not pulled")
+    cut, runtime = float(Path(directory, "dark").read_text()), store.runtime
+    time.sleep(max(0.0, cut + 1.7 - time.monotonic()))
+    runtime.engine.run(lambda: runtime.side.send((1, 0), 21, None))  # a ping
+    _until(lambda: store.ranks == [0], "it is still a member")
+    return time.monotonic() - cut
+
+
+def test_a_dark_host_is_noticed_in_time_whatever_is_sent_to_it(tmp_path: Path) -> None:
+    with EmulatedHosts(2) as hosts:
+
+        def cut() -> None:
+            _until((tmp_path / "ready").exists, "rank 0 is not ready")
+            hosts.pull_cable(1)
+            _tell(str(tmp_path), "dark", str(time.monotonic()))
+
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        results = run_ranks(2, _speaks_late, (str(tmp_path),), hosts=hosts, env=ENV, timeout=60)
+        cutter.join()
+    assert results[1].value == "EvictedError", results[1].output
+    assert results[0].value < 4.3, "keepalive_timeout, which is 3 s, began again when the message was sent"

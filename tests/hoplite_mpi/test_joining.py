@@ -128,3 +128,39 @@ def test_who_accepts_dies() -> None:
     assert [result[rank].exitcode for rank in range(4)] == [0, 0, 0, 0], [r.output for r in result.values()]
     assert result[0].incarnation >= 1
     assert all(result[rank].value == [0, 1, 2, 3] for rank in range(4))
+
+
+def _ghost() -> Any:
+    """A process asks rank 1 to be let in and is gone. Rank 0, which lets it in, never had a connection to it."""
+    import hoplite_mpi as hm
+    from hoplite_mpi.config import Config
+    from hoplite_mpi.protocol import membership_messages as mm
+    from hoplite_mpi.protocol.view import Member
+    from hoplite_mpi.transport.engine import Engine
+    from hoplite_mpi.transport.sidechannel import SideChannel
+
+    store = _open(None)
+    views: list[list[int]] = []
+    store.on_view(lambda view, lost: views.append(view.ranks))
+    store.barrier()
+    if store.rank == 1:
+        runtime, engine, me = store.runtime, Engine(Config()), (2, 0)
+
+        def ask(peer: Any) -> None:
+            side.send(peer, 20, mm.Join(Member(*me, "elsewhere", side.address)).to_wire())
+            engine.after(0, side.close)
+
+        secret = runtime.place.secret
+        side = SideChannel(engine, me, secret, on_up=ask, on_down=lambda *_: None, on_message=lambda *_: None)
+        engine.start()
+        engine.run(lambda: side.connect((1, 0), runtime.side.address))
+    _until(lambda: [0, 1, 2] in views, "it was not let in")
+    _until(lambda: views[-1] == [0, 1], "it is still a member")
+    store.put(b"", hm.ObjectID.from_name(f"over {store.rank}"))
+    store.barrier()
+    return views
+
+
+def test_who_dies_after_it_has_asked_to_be_let_in_is_put_out() -> None:
+    result = run_ranks(2, _ghost, env=ENV, timeout=60)
+    assert [result[rank].value for rank in range(2)] == [[[0, 1, 2], [0, 1]]] * 2, [r.output for r in result.values()]

@@ -18,12 +18,17 @@ from hoplite_mpi.protocol.membership_messages import (
     PeerUp,
     Proof,
     Send,
+    SilenceLasts,
 )
 from hoplite_mpi.protocol.view import Member, View
 
 
 def member(rank: int, incarnation: int = 0) -> Member:
     return Member(rank, incarnation, f"node{rank}", ("127.0.0.1", 1000 + rank))
+
+
+#: how often it is said that a silence lasts; for each of two views it takes some
+_ROUNDS = 12
 
 
 class World:
@@ -41,6 +46,7 @@ class World:
         self.installed: dict[Peer, list[View]] = {}
         self.last: dict[Peer, Instruction] = {}
         self.views: dict[int, View] = {}
+        self.silent: set[tuple[Peer, Peer]] = set()  # (process, whom it has lost)
         self.silenced: set[Peer] = set()  # whoever lost a channel by silence
 
     @classmethod
@@ -124,6 +130,10 @@ class World:
     def give(self, peer: Peer, event: Event) -> None:
         if isinstance(event, PeerDown) and event.proof == "silence":
             self.silenced.add(peer)
+        if isinstance(event, PeerDown):
+            self.silent.add((peer, (event.rank, event.incarnation)))
+        elif isinstance(event, PeerUp):
+            self.silent.discard((peer, (event.rank, event.incarnation)))
         self.do(peer, self.processes[peer].handle(event))
 
     def busy(self) -> list[tuple[Peer, Peer]]:
@@ -164,6 +174,14 @@ class World:
         self.connect(a, b)
 
     def settle(self) -> None:
+        for _ in range(_ROUNDS):
+            self.run_dry()
+            for peer, other in sorted(self.silent):
+                if not self.processes[peer].closed:
+                    self.give(peer, SilenceLasts(*other))
+        self.run_dry()
+
+    def run_dry(self) -> None:
         for _ in range(100_000):
             busy = self.busy()
             if not busy:

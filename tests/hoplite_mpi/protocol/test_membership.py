@@ -28,6 +28,7 @@ from hoplite_mpi.protocol.membership_messages import (
     Reject,
     Report,
     Send,
+    SilenceLasts,
     StartFailed,
     StartTimeout,
 )
@@ -216,7 +217,8 @@ def test_a_report_of_silence_alone_puts_nobody_out() -> None:
 
 def test_a_successor_waits_for_those_who_still_see_the_coordinator() -> None:
     world = settled(3)
-    (to_two,) = world.processes[1, 0].handle(PeerDown(0, 0, "silence"))
+    assert world.processes[1, 0].handle(PeerDown(0, 0, "silence")) == []
+    (to_two,) = world.processes[1, 0].handle(SilenceLasts(0, 0))
     assert isinstance(to_two, Send)
     assert isinstance(to_two.message, Prepare)
     two = world.processes[2, 0]
@@ -225,6 +227,62 @@ def test_a_successor_waits_for_those_who_still_see_the_coordinator() -> None:
     (promise,) = two.handle(PeerDown(0, 0, "reset"))[:1]
     assert isinstance(promise, Send)
     assert isinstance(promise.message, Promise)
+
+
+def test_the_larger_part_of_a_cut_goes_on_only_when_the_silence_has_lasted() -> None:
+    machine = settled(3).processes[0, 0]
+    assert machine.handle(PeerDown(2, 0, "silence")) == []
+    (proposal,) = machine.handle(SilenceLasts(2, 0))
+    assert isinstance(proposal, Send) and isinstance(proposal.message, Propose)
+    out = machine.handle(MessageReceived((1, 0), Accepted(1, (0, 0))))
+    assert any(isinstance(what, Install) and what.view.ranks == [0, 1] for what in out)
+
+
+def test_the_larger_part_goes_on_with_whom_it_hears_again() -> None:
+    machine = settled(3).processes[0, 0]
+    machine.handle(PeerDown(2, 0, "silence"))
+    machine.handle(PeerUp(2, 0))
+    assert machine.handle(SilenceLasts(2, 0)) == []
+
+
+def test_a_death_and_a_silence_that_begins_while_it_is_voted_on() -> None:
+    machine = settled(4).processes[0, 0]
+    assert len(machine.handle(PeerDown(3, 0, "reset"))) == 2
+    machine.handle(MessageReceived((1, 0), Accepted(1, (0, 0))))
+    machine.handle(PeerDown(2, 0, "silence"))
+    assert machine.view is not None and machine.view.number == 1
+    out = machine.handle(SilenceLasts(2, 0))
+    assert any(isinstance(what, Install) and what.view.ranks == [0, 1, 2] for what in out)
+
+
+def test_a_coordinator_that_was_stopped_keeps_those_who_missed_it() -> None:
+    """It reads, when it goes on, what was said of it meanwhile."""
+    machine = settled(3).processes[0, 0]
+    for _ in range(3):
+        assert machine.handle(MessageReceived((2, 0), Report((1, 0), (0, 0), "silence"))) == []
+
+
+def test_a_member_that_was_stopped_and_who_missed_it_stay() -> None:
+    machine = settled(4).processes[0, 0]
+    missed = Report((1, 0), (2, 0), "silence")
+    for _ in range(3):  # while it is stopped it is asked again and again
+        assert machine.handle(MessageReceived((1, 0), missed)) == [Send((2, 0), Probe())]
+    assert machine.handle(MessageReceived((2, 0), Alive())) == []
+    # was under way when it went on
+    assert machine.handle(MessageReceived((1, 0), missed)) == [Send((2, 0), Probe())]
+    assert machine.handle(MessageReceived((2, 0), Alive())) == []
+    # but who goes on saying so can really not talk to it
+    machine.handle(MessageReceived((1, 0), missed))
+    proposal = machine.handle(MessageReceived((2, 0), Alive()))[0]
+    assert isinstance(proposal, Send) and isinstance(proposal.message, Propose)
+    assert proposal.message.value.view.ranks == [0, 1, 3]
+
+
+def test_the_smaller_part_of_a_cut_ends_at_once() -> None:
+    machine = settled(3).processes[2, 0]
+    machine.handle(PeerDown(0, 0, "silence"))
+    (last,) = machine.handle(PeerDown(1, 0, "silence"))
+    assert isinstance(last, Evicted)
 
 
 def test_repeated_and_stale_news_change_nothing() -> None:

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -150,3 +152,29 @@ def test_testing_is_light_to_import() -> None:
     code = "import sys, hoplite_mpi.testing; print([m in sys.modules for m in ('hoplite_mpi.launch', 'mpi4py.MPI')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[False, False]\n"
+
+
+def test_counting_without_a_rule() -> None:
+    fault.enable("", counting=True)
+    fault.point("a")
+    fault.point("a")
+    assert fault.counts() == {"a": 2}
+
+
+def test_a_rule_fires_in_one_of_the_processes_that_share_a_directory(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOPLITE_FAULT": "p=exit#*", "HOPLITE_FAULT_FIRED": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PASS], env={**environment, "HOPLITE_RANK": str(rank)}, stdout=subprocess.PIPE
+        )
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.communicate(timeout=60)
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 0, 70]
+    (entry,) = fault.fired(tmp_path)
+    assert (entry.rule, entry.point) == ("p=exit#*", "p")
+    assert entry.rank == codes.index(70)
+    assert entry.pid == processes[entry.rank].pid
+    assert 0 < time.monotonic() - entry.time < 60
