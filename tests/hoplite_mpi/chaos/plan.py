@@ -38,8 +38,8 @@ _AFTER_THE_FIRST = ("membership.prepare", "membership.promise", "membership.prom
 _AFTER_A_STALL = ("transfer.stop", "transfer.stopped", "transfer.drained")
 #: the points are passed only by who has less memory than it holds
 _UNDER_PRESSURE = ("spill.", "evict.")
-#: bytes of memory of each rank then: what is in use at once fits in, with what is still to be deleted it does not
-_PRESSED = 28 << 20
+#: objects (of 1.2 MB) for which each rank has memory then, beside two of each: those in use at once fit in, what is still to go does not
+_PRESSED = 7
 #: how often a point is passed in a trial, at least about: the fatal passing is one of so many
 _PASSINGS = {
     "transfer.chunk_sent": 60,
@@ -158,7 +158,7 @@ def plan(seed: int) -> Trial:
     faults = _at_point(rng, names[turn], len(nodes)) if kind == "point" else _others(rng, kind, nodes)
     pressure = names[turn].startswith(_UNDER_PRESSURE) if kind == "point" else rng.random() < 0.15
     if pressure:
-        settings["HOPLITE_MEMORY_LIMIT"] = str(_PRESSED)
+        settings["HOPLITE_MEMORY_LIMIT"] = str((2 * ranks + _PRESSED) * 1_200_000)
     return Trial(seed, kind, len(nodes), nodes, tuple(faults), settings)
 
 
