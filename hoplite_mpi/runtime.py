@@ -66,7 +66,7 @@ class Runtime:
             on_down=self._side_down,
             on_message=self._side_message,
         )
-        self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
+        self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted, self._link_broken)
         self.transfers = Transfers(self.engine, self.fabric, _TRANSFER, self._find_stream)
         self.gauge = Gauge(self.engine, self.transfers, place.rank, self._on_this_node, self._measured)
         self.fabric.on_up = self.gauge.up
@@ -384,6 +384,16 @@ class Runtime:
             return  # links of an MPI world are up as soon as there is a view
         if self.side.connected(link.peer):
             self.joiner.want(link.peer)
+
+    def _link_broken(self, link: Link) -> None:
+        """See to it that a peer is put out of the view if MPI can't reach it: if it is dead its connections say so by themselves."""
+
+        def check() -> None:
+            if not link.down:
+                log.warning("MPI can't reach rank %d.%d, though it is not known to be dead", *link.peer)
+                self._membership(ms.PeerDown(*link.peer, "silence"))
+
+        self.engine.after(self.config.keepalive_timeout, check)
 
     def _joined(self, peer: PeerKey, comm: MPI.Comm) -> None:
         link = self.fabric.link(peer)
