@@ -34,7 +34,7 @@ from hoplite_mpi.errors import (
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import BAND, BOR, BXOR, MAX, MEAN, MIN, PROD, SUM, ReduceOp, sweep, unlink_own_segments
 from hoplite_mpi.messaging import Mailbox
-from hoplite_mpi.transport import guard
+from hoplite_mpi.transport import guard, openmpi
 
 if TYPE_CHECKING:
     from hoplite_mpi.store import ObjectStore
@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 guard.prepare_environment()
+openmpi.prepare_environment()
 ending.prepare()
 guard.load()
 
