@@ -65,8 +65,9 @@ def _broadcast(victims: list[int]) -> Any:
         if store.rank == min(store.ranks):
             store.put(_data(rank), names[rank])
         assert np.array_equal(futures[rank].result(), _data(rank)), rank
-    store.barrier()
-    return store.ranks, store.statistics().peers_lost
+    ranks, lost = store.ranks, store.statistics().peers_lost
+    store.barrier()  # before anybody leaves
+    return ranks, lost
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,9 @@ def _storm(victims: list[int], delays: list[float], rounds: int) -> Any:
         store.barrier()
         for oid in (of[rank], rid) if rank == root else (of[rank],):
             store.delete(oid)
-    store.barrier()
-    return number, store.ranks
+    ranks = store.ranks
+    store.barrier()  # before anybody leaves
+    return number, ranks
 
 
 @pytest.mark.parametrize(
@@ -202,8 +204,9 @@ def _stopped() -> Any:
         store.get(hm.ObjectID.from_name(f"{2 - store.rank} has waited"))
         os.kill(victim, signal.SIGCONT)
     assert np.array_equal(store.get(data), _data(1))
-    store.barrier()
-    return store.ranks
+    ranks = store.ranks
+    store.barrier()  # before anybody leaves
+    return ranks
 
 
 def test_a_stopped_rank_is_not_taken_for_dead() -> None:
