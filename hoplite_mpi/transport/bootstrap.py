@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
 
+from hoplite_mpi import ending
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.protocol.view import Member
 
@@ -53,7 +56,8 @@ class Place:
     def founders(self, address: tuple[str, int]) -> list[Member]:
         """Return the members of the first view; collective over the communicator."""
         assert self.comm is not None
-        everyone = self.comm.allgather((self.node, address))
+        with _together(self.comm):
+            everyone = self.comm.allgather((self.node, address))
         return [Member(rank, 0, node, there, 1) for rank, (node, there) in enumerate(everyone)]
 
     def announce(self, address: tuple[str, int]) -> None:
@@ -78,6 +82,21 @@ class Place:
             address = (str(wire["address"][0]), int(wire["address"][1]))
             newest[int(rank)] = Contact(int(rank), int(incarnation), address, wire["node"])
         return [newest[rank] for rank in sorted(newest)]
+
+
+@contextlib.contextmanager
+def _together(comm: MPI.Comm | None = None) -> Iterator[None]:
+    """Make HopliteError of an error in a collective call on *comm*, and have the others, who may be waiting in it, get one, too."""
+    try:
+        yield
+    except MPI.Exception as error:
+        if comm is not None:
+            with contextlib.suppress(MPI.Exception, NotImplementedError):  # what has no ULFM ends them anyhow
+                comm.Revoke()
+        ending.skip_finalize()
+        raise HopliteError(
+            f"the store can't be opened, since another rank has died: start all of them again ({error})"
+        ) from error
 
 
 def node_identity() -> str:
@@ -116,7 +135,9 @@ def find_place(comm: MPI.Comm | None) -> Place:
                 f"HOPLITE_RENDEZVOUS={rendezvous} says that this rank was started one by one, but {error!r}: "
                 "start ranks with `python -m exoflow_hpc run` or hoplite_mpi.launch"
             ) from error
-    comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+    with _together():
+        comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
     comm.Set_errhandler(MPI.ERRORS_RETURN)
-    run, secret = comm.bcast((secrets.token_hex(8), secrets.token_bytes(32)) if comm.rank == 0 else None)
+    with _together(comm):
+        run, secret = comm.bcast((secrets.token_hex(8), secrets.token_bytes(32)) if comm.rank == 0 else None)
     return Place(comm.rank, comm.size, 0, run, secret, node_identity(), comm, None)

@@ -1,6 +1,6 @@
 """The engine: every MPI call of a process, made under one lock.
 
-A request is completed by `Request.Testsome`; whoever waits for one is a coroutine or a callback. The lock is held by the progress
+A request is completed by `Request.Test` or `Testany`; whoever waits for one is a coroutine or a callback. The lock is held by the progress
 thread or, while it waits for something, by the user's own thread, which then drives the engine itself: that saves the two changes
 of thread that a hand-over to the progress thread costs. An engine without traffic blocks on its sockets.
 """
@@ -49,6 +49,12 @@ def _shorten_naps() -> None:
     """Let this thread's naps end when they are over, and not up to 50 µs later (the kernel's default timer slack)."""
     pr_set_timerslack = 29
     ctypes.CDLL(None).prctl(pr_set_timerslack, 1000, 0, 0, 0)
+
+
+def _failure(error: MPI.Exception) -> RequestFailedError:
+    failure = RequestFailedError(str(error))
+    failure.__cause__ = error
+    return failure
 
 
 def _nap(quiet: float) -> float:
@@ -347,39 +353,48 @@ class Engine:
         requests = self._requests
         if not requests:
             return False
-        errors: dict[int, BaseException] = {}
-        try:
-            if len(requests) <= _FEW:  # one by one is quicker: Testsome costs as much as five of them
-                indices = [index for index, request in enumerate(requests) if request.Test()]
-            else:
-                indices = MPI.Request.Testsome(requests) or []
-        except MPI.Exception as error:
-            indices, errors = self._test_each(error)
-        if not indices:
+        # one by one is quicker for few: a call for all costs as much as three of them
+        ended = self._test_each() if len(requests) <= _FEW else self._test_any()
+        if not ended:
             return False
-        callbacks = [(self._callbacks[i], errors.get(i)) for i in indices]
-        for index in sorted(indices, reverse=True):
+        callbacks = [(self._callbacks[index], error) for index, error in ended.items()]
+        for index in sorted(ended, reverse=True):
             self._forget(index)
-        for callback, failure in callbacks:
-            callback(failure)
+        for callback, error in callbacks:
+            callback(error)
         return True
 
-    def _test_each(self, cause: MPI.Exception) -> tuple[list[int], dict[int, BaseException]]:
-        """Find out which requests have ended when Testsome only says that one has failed."""
-        indices: list[int] = []
-        errors: dict[int, BaseException] = {}
+    def _test_each(self) -> dict[int, BaseException | None]:
+        """Return index → error of the requests that have ended."""
+        ended: dict[int, BaseException | None] = {}
         for index, request in enumerate(self._requests):
             try:
-                if request == MPI.REQUEST_NULL or request.Test():
-                    indices.append(index)
+                if request.Test():
+                    ended[index] = None
             except MPI.Exception as error:
-                failure = RequestFailedError(str(error))
-                failure.__cause__ = error
-                errors[index] = failure
-                indices.append(index)
-        if not indices:
-            log.warning("MPI reported an error that belongs to no request: %s", cause)
-        return indices, errors
+                ended[index] = _failure(error)
+        return ended
+
+    def _test_any(self) -> dict[int, BaseException | None]:
+        """Return index → error of the requests that have ended, by as many calls as there are of these, and one.
+
+        Not by Testsome: when it reports an error Open MPI has freed what succeeded and what failed alike. Testany
+        completes one request, so what it frees with an error has failed.
+        """
+        requests, ended = self._requests, dict[int, BaseException | None]()
+        while True:
+            try:
+                index, flag = MPI.Request.Testany(requests)
+            except MPI.Exception as error:
+                failed = [i for i, request in enumerate(requests) if request == MPI.REQUEST_NULL and i not in ended]
+                if not failed:
+                    log.warning("MPI reported an error that belongs to no request: %s", error)
+                    return ended
+                ended |= dict.fromkeys(failed, _failure(error))
+                continue
+            if not flag or index == MPI.UNDEFINED:
+                return ended
+            ended[index] = None
 
     def _forget(self, index: int) -> None:
         callback = self._callbacks[index]

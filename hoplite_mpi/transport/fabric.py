@@ -23,7 +23,7 @@ from hoplite_mpi.testing import fault
 from hoplite_mpi.transport.engine import Engine
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 
-__all__ = ["ASLEEP", "AWAKE", "CONTROL_SLOT", "RING", "Fabric", "Link"]
+__all__ = ["ASLEEP", "AWAKE", "CONTROL_SLOT", "RING", "Fabric", "Link", "cancelled"]
 
 log = logging.getLogger("hoplite_mpi.fabric")
 
@@ -46,6 +46,16 @@ _SUM = struct.Struct("<I")
 _ROOM = CONTROL_SLOT - _HEAD.size - _SUM.size
 
 
+def cancelled(request: MPI.Request) -> bool:
+    """Cancel a receive; return whether it is, so that MPI will not write to its buffer: a matched one stays."""
+    status = MPI.Status()
+    try:
+        request.Cancel()
+        return request.Test(status) and status.Is_cancelled()
+    except MPI.Exception:  # it has failed, as those on a dead process do under ULFM
+        return False
+
+
 @dataclass(eq=False)
 class Link:
     """MPI connection to one incarnation of a rank."""
@@ -55,6 +65,8 @@ class Link:
     dest: int = 0
     #: the process is gone or evicted: nothing is sent any more, and what is pending stays with MPI
     down: bool = False
+    #: MPI has reported an error: nothing is posted any more, what failed counts as pending until the membership has decided
+    broken: bool = False
     #: control messages that wait for the connection
     backlog: deque[bytes] = field(default_factory=deque)
     #: control messages posted, and received, since the connection came up
@@ -81,6 +93,7 @@ class Fabric:
         side: SideChannel,
         on_message: Callable[[PeerKey, int, bytes], None],
         on_wanted: Callable[[Link], None],
+        on_broken: Callable[[Link], None],
     ) -> None:
         self._engine = engine
         self._side = side
@@ -88,6 +101,8 @@ class Fabric:
         self._on_message = on_message
         #: asked to bring up a link that something was sent on
         self._on_wanted = on_wanted
+        #: told once of a link on which MPI has reported an error
+        self._on_broken = on_broken
         self._links: dict[PeerKey, Link] = {}
         self._tag_limit = min(int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767), 1 << 22)
         #: requests on dead peers and their buffers: MPI may touch these until the process ends
@@ -131,13 +146,12 @@ class Fabric:
         if link.receive is not None:
             request = self._engine.unwatch(link.receive)
             if request is not None:
-                request.Cancel()
-                request.Test()  # if it has been matched it stays pending, in a buffer that nobody else uses
+                cancelled(request)  # if it has been matched it stays pending, in a buffer that nobody else uses
 
     def send(self, peer: PeerKey, channel: int, payload: bytes) -> None:
-        """Send a control message; it is dropped if the peer is gone."""
+        """Send a control message; it is dropped if the peer is gone or MPI can't reach it."""
         link = self.link(peer)
-        if link.down:
+        if link.down or link.broken:
             return
         for start in range(0, len(payload) or 1, _ROOM):
             fragment = payload[start : start + _ROOM]
@@ -154,31 +168,24 @@ class Fabric:
 
     def _post(self, link: Link, message: bytes) -> None:
         assert link.comm is not None
-        self.isend(link, message, _CONTROL_TAG, lambda error: self._sent(link, error))
+        self.isend(link, message, _CONTROL_TAG)
         link.sent += 1
         self.messages_sent += 1
         self.bytes_sent += len(message)
         if not link.peer_awake and not link.ring_out:
             link.ring_out = self._side.send(link.peer, RING, link.sent)
 
-    def _sent(self, link: Link, error: BaseException | None) -> None:
-        if error is not None and not link.down:
-            log.warning("a control message to rank %d.%d failed: %s", *link.peer, error)
-
     def _listen(self, link: Link) -> None:
-        assert link.comm is not None
         slot = bytearray(CONTROL_SLOT)
 
         def post() -> None:
-            assert link.comm is not None
-            request = link.comm.Irecv([slot, MPI.BYTE], link.dest, _CONTROL_TAG)
-            self._engine.watch(request, arrived, passive=True)
+            self.irecv(link, slot, _CONTROL_TAG, arrived, passive=True)
 
         def arrived(error: BaseException | None) -> None:
             if link.down:
                 return
             if error is not None:
-                log.warning("receiving from rank %d.%d failed: %s", *link.peer, error)
+                self.failed(link, error)
                 return
             channel, flags, length = _HEAD.unpack_from(slot)
             fault.corrupt("fabric.message_corrupt", memoryview(slot)[_HEAD.size : _HEAD.size + length])
@@ -204,21 +211,64 @@ class Fabric:
         self._on_message(link.peer, channel, payload)
 
     def isend(
-        self, link: Link, buffer: Any, tag: int, callback: Callable[[BaseException | None], None], keep: Any = None
+        self, link: Link, buffer: Any, tag: int, callback: Callable[[], None] | None = None, keep: Any = None
     ) -> None:
-        """Post a send and keep *buffer* and *keep* alive until MPI is done with them, for ever if the peer dies first."""
+        """Post a send and keep *buffer* and *keep* alive until MPI is done with them, for ever if the peer dies first.
+
+        *callback* is called when it has succeeded; one that fails stays as it is until the peer is out of the view.
+        """
         assert link.comm is not None
-        request = link.comm.Isend([buffer, MPI.BYTE], link.dest, tag)
-        if len(buffer) <= _EAGER and request.Test():  # a small message is mostly gone already
-            callback(None)
+        if link.broken:
+            return
+        try:
+            request = link.comm.Isend([buffer, MPI.BYTE], link.dest, tag)
+            done = len(buffer) <= _EAGER and request.Test()  # a small message is mostly gone already
+        except MPI.Exception as error:
+            self._quarantine.append((None, (buffer, keep)))
+            self.failed(link, error)
+            return
+        if done:
+            if callback is not None:
+                callback()
             return
 
         def ended(error: BaseException | None) -> None:
             del link.unfinished[ended]
-            callback(error)
+            if error is not None:
+                self._quarantine.append((None, (buffer, keep)))  # MPI does not say whether it has let go of it
+                self.failed(link, error)
+            elif callback is not None:
+                callback()
 
         link.unfinished[ended] = (buffer, keep)
         self._engine.watch(request, ended)
+
+    def irecv(
+        self,
+        link: Link,
+        buffer: Any,
+        tag: int,
+        callback: Callable[[BaseException | None], None],
+        passive: bool = False,
+    ) -> None:
+        """Post a receive and watch it (see `Engine.watch`); who is told an error has to pass it to `failed`."""
+        assert link.comm is not None
+        if link.broken:
+            return
+        try:
+            request = link.comm.Irecv([buffer, MPI.BYTE], link.dest, tag)
+        except MPI.Exception as error:
+            self.failed(link, error)
+            return
+        self._engine.watch(request, callback, passive)
+
+    def failed(self, link: Link, error: BaseException) -> None:
+        """Take note of an error that MPI reports: it proves nothing, but the link is of no use any more."""
+        if link.down or link.broken:
+            return
+        link.broken = True
+        log.info("MPI can't reach rank %d.%d: %s", *link.peer, error)
+        self._on_broken(link)
 
     # -- transfers ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from hoplite_mpi.transport import guard
+from hoplite_mpi.transport import guard, openmpi
 
 __all__ = ["FaultMode", "find_mode"]
 
@@ -20,7 +20,7 @@ class FaultMode:
     """What a run survives.
 
     ``federated``: the rest go on when a rank or node dies, and new processes can join. ``restart``: the step ends, and is
-    started again.
+    started again. ``ulfm``: the rest go on when a rank dies; nobody joins, and the death of a node ends the run.
     """
 
     name: str
@@ -36,11 +36,7 @@ def find_mode(one_by_one: bool) -> FaultMode:
     """Return the fault mode of this process; *one_by_one*: its rank was started apart from the others."""
     library = MPI.Get_library_version()
     if library.startswith("Open MPI"):
-        return FaultMode(
-            "restart",
-            "Open MPI ends the job when a rank dies",
-            "for ranks that survive one another install the extra `mpich`",
-        )
+        return _open_mpi(library, one_by_one)
     if not library.startswith("MPICH"):
         return FaultMode(
             "restart", f"{library.split(',')[0].splitlines()[0]} is not known to survive the death of a rank"
@@ -69,3 +65,22 @@ def find_mode(one_by_one: bool) -> FaultMode:
             "start with `python -m exoflow_hpc run --ranks N`, which starts them one by one",
         )
     return FaultMode("federated", "the others go on when a rank dies, and replacements can join")
+
+
+def _open_mpi(library: str, one_by_one: bool) -> FaultMode:
+    if one_by_one:
+        return FaultMode(
+            "restart",
+            "Open MPI's ranks don't survive one another if they were started one by one",
+            "start with `mpiexec --with-ft ulfm -n N ...`, or install the extra `mpich`",
+        )
+    reason = openmpi.why_not(library, os.environ)
+    if reason is not None:
+        return FaultMode("restart", *reason)
+    if MPI.Query_thread() != MPI.THREAD_SERIALIZED:  # see `openmpi.prepare_environment`
+        return FaultMode(
+            "restart",
+            "MPI was not initialised with MPI_THREAD_SERIALIZED, with which alone Open MPI outlives a peer",
+            "import hoplite_mpi before mpi4py.MPI, and let mpi4py initialise MPI",
+        )
+    return FaultMode("ulfm", "the others go on when a rank dies; none can join, and the death of a node ends the run")

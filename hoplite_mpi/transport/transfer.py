@@ -23,7 +23,7 @@ from hoplite_mpi.checksums import Sums
 from hoplite_mpi.testing import fault
 from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport.engine import Engine
-from hoplite_mpi.transport.fabric import Fabric, Link
+from hoplite_mpi.transport.fabric import Fabric, Link, cancelled
 from hoplite_mpi.transport.primitives import Signal
 from hoplite_mpi.transport.sidechannel import PeerKey
 from hoplite_mpi.transport.streams import PROBE, REFUSE, Incoming, Outgoing, Stream
@@ -188,14 +188,14 @@ class Transfers:
                 self._arrived(incoming, index, buffer, error)
 
             incoming.pending[index] = arrived
-            self._engine.watch(link.comm.Irecv([buffer, MPI.BYTE], link.dest, incoming.tag), arrived)
+            self._fabric.irecv(link, buffer, incoming.tag, arrived)
 
     def _arrived(self, incoming: Incoming, index: int, buffer: memoryview, error: BaseException | None) -> None:
+        if error is not None:  # it stays among the pending ones: what it means is for the membership to say
+            self._fabric.failed(incoming.link, error)
+            return
         incoming.pending.pop(index, None)
         if incoming.ended:
-            return
-        if error is not None:
-            self._finish(incoming, f"receive failed: {error}")
             return
         if not incoming.probe:
             self.bytes_received += len(buffer)
@@ -262,13 +262,9 @@ class Transfers:
         tainted = incoming.tainted
         for callback in list(incoming.pending.values()):
             request = self._engine.unwatch(callback)
-            if request is None:
+            if request is not None and cancelled(request):
                 continue
-            request.Cancel()
-            status = MPI.Status()
-            if request.Test(status) and status.Is_cancelled():
-                continue
-            tainted = True
+            tainted = True  # also where it has failed: MPI does not say whether it had been matched
             self._quarantine.append((request, callback))
         incoming.pending.clear()
         self._finish(incoming, "peer lost", tainted)
@@ -335,13 +331,18 @@ class Transfers:
     def _sender_stopped(self, incoming: Incoming, posted: int) -> None:
         """Take the chunks that are under way, cancel the receives for those that aren't."""
         incoming.limit = posted
-        for index in sorted(incoming.pending, reverse=True):
-            if index >= posted:
-                request = self._engine.unwatch(incoming.pending.pop(index))
-                if request is not None:
-                    request.Cancel()
-                    request.Wait()
-                incoming.posted -= 1
+        for index in sorted((i for i in incoming.pending if i >= posted), reverse=True):
+            request = self._engine.unwatch(incoming.pending[index])
+            if request is None:  # it has failed: the transfer ends when its sender is out of the view
+                return
+            try:
+                request.Cancel()
+                request.Wait()
+            except MPI.Exception as error:
+                self._fabric.failed(incoming.link, error)
+                return
+            del incoming.pending[index]
+            incoming.posted -= 1
         self.proceed(incoming)
 
     async def _serve(self, outgoing: Outgoing, tag: int, key: bytes, offset: int, end: int, chunk: int) -> None:
@@ -377,7 +378,7 @@ class Transfers:
             self._serving(outgoing, key, stream, offset, end)
         in_flight = 0
 
-        def sent(error: BaseException | None) -> None:
+        def sent() -> None:
             nonlocal in_flight
             in_flight -= 1
             changed.fire()

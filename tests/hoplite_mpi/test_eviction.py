@@ -101,3 +101,45 @@ def _busy() -> Any:
 def test_a_busy_rank_is_not_put_out() -> None:
     result = run_ranks(2, _busy, env=ENV, timeout=60)
     assert [result[rank].value for rank in range(2)] == [[0, 1], [0, 1]], [r.output for r in result.values()]
+
+
+def _out_of_reach(reporter: int, target: int) -> Any:
+    """MPI tells one rank that it can't reach another one, which lives: the younger of the two has to leave."""
+    import time
+
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    rank = int(os.environ["HOPLITE_RANK"])
+    os.environ["HOPLITE_NODE"] = f"node{rank}"
+    store, loser = hm.init(), max(reporter, target)
+    data = np.arange(200_000)
+    store.put(data, hm.ObjectID.from_name(f"of {rank}"))
+    for other in range(store.size):  # so that everybody is connected with everybody
+        assert np.array_equal(store.get(hm.ObjectID.from_name(f"of {other}")), data)
+    store.barrier()
+    if rank == reporter:
+        runtime = store.runtime
+        runtime.engine.run(lambda: runtime.fabric.failed(runtime.fabric.link((target, 0)), RuntimeError("on purpose")))
+    if rank == loser:
+        with pytest.raises(hm.EvictedError):
+            store.get(hm.ObjectID.from_name("never"))
+        return [loser]
+    end = time.monotonic() + 30
+    while loser in store.ranks:
+        assert time.monotonic() < end, "it is still a member"
+        time.sleep(0.01)
+    store.put(data, hm.ObjectID.from_name(f"later, of {rank}"))
+    for other in store.ranks:
+        assert np.array_equal(store.get(hm.ObjectID.from_name(f"later, of {other}")), data)
+    ranks = store.ranks
+    store.barrier()
+    return ranks
+
+
+@pytest.mark.parametrize(("reporter", "target"), [(0, 2), (2, 0), (1, 2)])
+def test_a_peer_that_lives_and_that_mpi_does_not_reach_is_put_out(reporter: int, target: int) -> None:
+    result = run_ranks(3, _out_of_reach, (reporter, target), env=ENV, timeout=60)
+    assert [result[rank].exitcode for rank in range(3)] == [0, 0, 0], [result[rank].output for rank in range(3)]
+    assert [result[rank].value for rank in range(3)] == [[0, 1], [0, 1], [2]]

@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from hoplite_mpi.config import Config
 from hoplite_mpi.transport.engine import Engine
-from hoplite_mpi.transport.primitives import Signal, completed
+from hoplite_mpi.transport.primitives import RequestFailedError, Signal, completed
 
 
 @pytest.fixture
@@ -48,6 +48,28 @@ def test_requests_complete_while_a_user_thread_waits(engine: Engine) -> None:
     buffers = [engine.run(lambda tag=tag: exchange(engine, tag, ended)) for tag in range(1, 9)]
     assert wait_for(engine, lambda: len(ended) == 16)
     assert [buffer[0] for buffer in buffers] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("more", [0, 6])
+def test_requests_that_fail_are_told_from_those_that_succeed(engine: Engine, more: int) -> None:
+    """However many there are, and though all of them end at once. A message too long for its buffer is an MPI error."""
+    told: dict[int, BaseException | None] = {}
+    buffers = [bytearray(8 if tag % 3 == 0 else 64) for tag in range(2 + more)]
+    sends = [MPI.COMM_SELF.Isend(bytearray([tag]) * 64, 0, tag) for tag in range(2 + more)]
+
+    def begin() -> None:
+        for tag, buffer in enumerate(buffers):
+            request = MPI.COMM_SELF.Irecv(buffer, 0, tag)
+            engine.watch(request, lambda error, tag=tag: told.update({tag: error}))  # type: ignore[misc]
+
+    engine.run(begin)
+    assert wait_for(engine, lambda: len(told) == 2 + more)
+    MPI.Request.Waitall(sends)
+    for tag, error in told.items():
+        if tag % 3 == 0:
+            assert isinstance(error, RequestFailedError), tag
+        else:
+            assert error is None and buffers[tag] == bytearray([tag]) * 64, (tag, error)
 
 
 def test_requests_complete_while_nobody_waits(engine: Engine) -> None:
