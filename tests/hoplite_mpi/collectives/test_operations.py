@@ -76,6 +76,62 @@ def test_allreduce_of_dtypes(store: ObjectStore, key: str, dtype: Any, op: Any, 
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("how", ["backwards", "fortran", "broadcast", "read-only"])
+@pytest.mark.parametrize("rows", [3, 3000])
+@pytest.mark.parametrize("dtype", ["f4", "G", ">i8"])
+def test_arrays_of_any_layout(store: ObjectStore, key: str, dtype: str, rows: int, how: str) -> None:
+    """Inline, and in stripes that no element divides; and the buffers that are filled may have any layout, too."""
+
+    def part(rank: int) -> Any:
+        whole = _part(rank, (2 * rows, 101), dtype)
+        if how == "backwards":
+            return whole[::-2, ::-1]
+        if how == "fortran":
+            return np.asfortranarray(whole[:rows])
+        if how == "broadcast":
+            return np.broadcast_to(whole[0], (rows, 101))
+        whole.flags.writeable = False
+        return whole[:rows]
+
+    mine = part(store.rank)
+    total = sum(part(rank) for rank in range(store.size))
+    out = np.zeros((2 * rows, 101), dtype)[::-2] if how == "backwards" else np.zeros((rows, 101), dtype, order="F")
+    got = store.allreduce(mine, key=key, out=out)
+    assert got is out
+    np.testing.assert_array_equal(out, total)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(store.reduce_scatter(mine, key=key), np.array_split(total, store.size)[store.rank])
+    np.testing.assert_array_equal(store.allgather(mine, key=key), [part(rank) for rank in range(store.size)])
+    np.testing.assert_array_equal(store.broadcast(mine, store.size - 1, key=key), part(store.size - 1))
+    np.testing.assert_array_equal(
+        store.alltoall([mine] * store.size, key=key), [part(rank) for rank in range(store.size)]
+    )
+
+
+@pytest.mark.parametrize("count", [0, 3, 40_001])
+def test_structures_and_bytes_go_through_collectives(store: ObjectStore, key: str, count: int) -> None:
+    dtype = np.dtype([("value", "f8"), ("rank", "i4"), ("half", ml_dtypes.bfloat16)])
+
+    def part(rank: int) -> Any:
+        one = np.zeros(count, dtype)
+        one["value"], one["rank"] = _part(rank, (count,)), rank
+        return one
+
+    def larger(a: Any, b: Any) -> Any:
+        return np.where(a["value"] >= b["value"], a, b)
+
+    got = store.allreduce(part(store.rank), larger, key=key)
+    values = np.stack([_part(rank, (count,)) for rank in range(store.size)])
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got["value"], values.max(axis=0, initial=0))
+    np.testing.assert_array_equal(store.allgather(part(store.rank), key=key), [part(r) for r in range(store.size)])
+    np.testing.assert_array_equal(store.broadcast(part(store.rank) if store.rank == 0 else None, key=key), part(0))
+    raw = bytes([store.rank]) * count
+    assert [bytes(one) for one in store.alltoall([raw] * store.size, key=key)] == [
+        bytes([rank]) * count for rank in range(store.size)
+    ]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reduce_to(store: ObjectStore, key: str, shape: tuple[int, ...]) -> None:
     for root in range(store.size):
