@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,19 @@ def test_nothing_is_left_of_a_thousand_calls(apart_store: ObjectStore, key: str)
     assert end.objects <= start.objects + 200, (start.objects, end.objects, left, known)
     assert end.memory_used <= start.memory_used + 8 * store.size * 160_000
     assert sum(left) + sum(known) <= 7 * (start.objects + 400), (left, known)
+
+
+def test_large_results_go_soon_where_they_are_only_received(apart_store: ObjectStore, key: str) -> None:
+    """Who has put nothing large itself tells the others as soon that it is done."""
+    store, data = apart_store, np.zeros(500_000)
+    start = store.statistics().memory_used
+    for _ in range(12):
+        store.broadcast(data if store.rank == 0 else None, key=key)
+        store.barrier(key=f"{key} barrier")
+    end = time.monotonic() + 20
+    while (used := store.statistics().memory_used - start) > 2 * data.nbytes:  # the last report is on its way
+        assert time.monotonic() < end, f"{used} bytes of {12 * data.nbytes} are still here"
+        time.sleep(0.01)
 
 
 def test_bad_input_is_refused_before_anything_is_counted(store: ObjectStore, key: str) -> None:
