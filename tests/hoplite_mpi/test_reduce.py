@@ -93,7 +93,7 @@ def test_sources_of_any_number_and_all_on_one_rank(store: ObjectStore, name: Nam
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
-@pytest.mark.parametrize("dtype", ["f4", "u1", "G"])
+@pytest.mark.parametrize("dtype", ["u1", "G"])
 @pytest.mark.parametrize("at", ["inline limit", "chunk", "four chunks"])
 def test_sizes_about_those_at_which_something_changes(
     store: ObjectStore, name: Name, at: str, dtype: str, more: int

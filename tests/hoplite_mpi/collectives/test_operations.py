@@ -78,8 +78,7 @@ def test_allreduce_of_dtypes(store: ObjectStore, key: str, dtype: Any, op: Any, 
 
 
 @pytest.mark.parametrize("how", ["backwards", "fortran", "broadcast", "read-only"])
-@pytest.mark.parametrize("rows", [3, 3000])
-@pytest.mark.parametrize("dtype", ["f4", "G", ">i8"])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "G"), (3, ">i8"), (1500, "G")])
 def test_arrays_of_any_layout(store: ObjectStore, key: str, dtype: str, rows: int, how: str) -> None:
     """Inline, and in stripes that no element divides; and the buffers that are filled may have any layout, too."""
 
