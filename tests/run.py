@@ -18,7 +18,7 @@ from hoplite_mpi.launch import find_mpiexec
 
 ROOT = Path(__file__).parent.parent
 #: seconds for the runs under mpiexec, each, and for the rest
-MPI_DEADLINE = 180
+MPI_DEADLINE = 300
 DEADLINE = 1300
 
 
