@@ -115,13 +115,9 @@ def _act(store: Any, role: str, victim: int) -> Any:
         return {x: np.array_equal(future.result(), _data(0))} if rank != victim else {}
     if role in ("inner slot", "root"):
         store.put(_data(rank), _part(rank))
-        caller = victim if role == "root" else 3
-        if rank != caller:
-            store.get(_name("reduced"))
-        store.reduce([_part(r) for r in range(4)], object_id=x, shape="chain", skip_lost=True)
-        if rank == caller:
-            store.located([x])
-            store.put(b"", _name("reduced"))
+        # of an ordered chain the first is the leaf, which reduces nothing, and the last is the root, whoever comes when
+        order = sorted(range(4), key=lambda r: (role == "root" and r == victim, r))
+        store.reduce([_part(r) for r in order], object_id=x, shape="chain", deterministic=True, skip_lost=True)
         if rank == victim:
             return {}
         got, used = store.get(x), sorted(oid.origin[0] for oid in store.reduced_from(x))
