@@ -133,7 +133,12 @@ class Config:
         return dataclasses.replace(base, **changes)
 
     def deadline(self, timeout: Any) -> float | None:
-        """Return seconds for a *timeout* argument: DEFAULT, None (no limit) or a number."""
+        """Return seconds for a *timeout* argument: DEFAULT, None (no limit) or a number; below 0 is 0. ValueError, TypeError."""
         if timeout is DEFAULT:
             return self.default_timeout
-        return None if timeout is None else max(0.0, float(timeout))
+        if timeout is None:
+            return None
+        seconds = float(timeout)
+        if math.isnan(seconds):
+            raise ValueError("a timeout is a number of seconds or None, not NaN")
+        return max(0.0, seconds)

@@ -59,29 +59,39 @@ class Meta:
 
 
 def _dtype_to_wire(dtype: np.dtype[Any]) -> Any:
+    if dtype.names is not None:
+        # not `descr`: it has no word for fields that overlap or are out of order, and forgets what ml_dtypes' fields are
+        fields = [[name, _dtype_to_wire(known[0]), *known[1:]] for name, known in _fields(dtype)]
+        return {"fields": fields, "itemsize": dtype.itemsize, "align": dtype.isalignedstruct}
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return {"base": _dtype_to_wire(base), "shape": list(shape)}
     if dtype.isbuiltin == 2:  # registered by an extension, such as ml_dtypes' bfloat16: only its name says what it is
         return {"name": dtype.name}
-    return np.lib.format.dtype_to_descr(dtype)
+    return dtype.str
+
+
+def _fields(dtype: np.dtype[Any]) -> list[tuple[str, Any]]:
+    """Return the fields, in order: name and (dtype, offset) or (dtype, offset, title)."""
+    known: Any = dtype.fields  # by name and by title
+    return [(name, known[name]) for name in dtype.names or ()]
 
 
 def _dtype_from_wire(wire: Any) -> np.dtype[Any]:
-    if isinstance(wire, dict):
-        import ml_dtypes  # noqa: F401  (registers the names)
-
-        return np.dtype(wire["name"])
-    return np.lib.format.descr_to_dtype(_as_descr(wire))
-
-
-def _as_descr(wire: Any) -> Any:
-    """msgpack turns tuples into lists; a structured descr needs its tuples back."""
     if isinstance(wire, str):
-        return wire
-    if wire and isinstance(wire[0], str) and not isinstance(wire[1], str):  # (base, shape) subarray
-        return (_as_descr(wire[0]), tuple(wire[1]))
-    return [_as_field(field) for field in wire]
+        return np.dtype(wire)
+    if "fields" in wire:
+        fields = wire["fields"]
+        spec = {
+            "names": [field[0] for field in fields],
+            "formats": [_dtype_from_wire(field[1]) for field in fields],
+            "offsets": [field[2] for field in fields],
+            "titles": [field[3] if len(field) > 3 else None for field in fields],
+            "itemsize": wire["itemsize"],
+        }
+        return np.dtype(spec, align=wire["align"])  # type: ignore[call-overload]
+    if "base" in wire:
+        return np.dtype((_dtype_from_wire(wire["base"]), tuple(wire["shape"])))
+    import ml_dtypes  # noqa: F401  (registers the names)
 
-
-def _as_field(field: Any) -> tuple[Any, ...]:
-    name = tuple(field[0]) if isinstance(field[0], list) else field[0]
-    rest = (tuple(field[2]),) if len(field) > 2 else ()
-    return (name, _as_descr(field[1]), *rest)
+    return np.dtype(wire["name"])

@@ -14,7 +14,6 @@ from hoplite_mpi.collectives import Collectives, Rounds
 from hoplite_mpi.config import DEFAULT, Config
 from hoplite_mpi.errors import (
     ClosedError,
-    GetTimeoutError,
     ReduceError,
 )
 from hoplite_mpi.futures import Future
@@ -201,6 +200,7 @@ class ObjectStore(Collectives):
         oids = [_checked(oid) for oid in object_ids]
         if not 0 <= num_returns <= len(oids):
             raise ValueError(f"num_returns is {num_returns}, but {len(oids)} objects were given")
+        seconds = self._config.deadline(timeout)
         futures = {oid: self.watch(oid) for oid in dict.fromkeys(oids)}
         enough = threading.Event()
 
@@ -208,13 +208,15 @@ class ObjectStore(Collectives):
             if sum(futures[oid].done() for oid in oids) >= num_returns:
                 enough.set()
 
-        for future in futures.values():
-            future.when_done(count)
-        count(None)
-        self._engine.wait(enough.is_set, enough.wait, self._config.deadline(timeout))
-        ready = [oid for oid in oids if futures[oid].done()]
-        for future in futures.values():
-            future.cancel()
+        try:
+            for future in futures.values():
+                future.when_done(count)
+            count(None)
+            self._engine.wait(enough.is_set, enough.wait, seconds)
+            ready = [oid for oid in oids if futures[oid].done()]
+        finally:
+            for future in futures.values():
+                future.cancel()
         self._runtime.check()
         return ready, [oid for oid in oids if oid not in set(ready)]
 
@@ -386,12 +388,11 @@ class ObjectStore(Collectives):
 
 
 def _result(future: Future, timeout: Any) -> Any:
-    """Wait for a future that is given up when the time is over."""
+    """Wait for a future of which nobody else knows: however the wait ends, nothing is left waiting."""
     try:
         return future.result(timeout)
-    except GetTimeoutError:
+    finally:
         future.cancel()
-        raise
 
 
 def _checked(oid: Any) -> ObjectID:

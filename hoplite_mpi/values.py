@@ -23,8 +23,13 @@ def as_bytes(value: Any) -> tuple[Meta, memoryview]:
         # `cast` takes neither other orders than C's nor a zero among the lengths
         flat = view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
         return Meta.of_bytes(view.nbytes), flat
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("a masked array would lose its mask: put its data and its mask, or what filled() returns")
     array = np.asarray(value) if _numpy_knows(value) else np.from_dlpack(value)
     meta = Meta.of_array(array)
+    if array.dtype.names is not None and array.nbytes:
+        # as raw bytes: a copy field by field would leave out what is between the fields, so that equal arrays differed
+        array = array.view(f"V{array.dtype.itemsize}")
     contiguous: Any = np.ascontiguousarray(array).reshape(-1)
     return meta, memoryview(contiguous.view(np.uint8)) if array.nbytes else memoryview(b"")
 

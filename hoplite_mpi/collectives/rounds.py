@@ -32,7 +32,7 @@ __all__ = ["CHANNEL", "Process", "Round", "Rounds"]
 
 #: the store's channel that rounds use; those of `Mailbox` go from 1 to 100
 CHANNEL = 101
-#: finished calls with small objects only, after which the janitor is told
+#: finished calls that are not urgent, after which the janitor is told
 _REPORT_EVERY = 16
 #: kinds of messages: an elder's numbers, to a newcomer; what a newcomer begins with; what a rank has finished; what is over for all;
 #: what a rank that is about to leave waits for to be over
@@ -55,8 +55,10 @@ class Round:
     gone: dict[int, Process]
     #: objects that this rank has to do with
     objects: list[ObjectID] = field(default_factory=list)
-    #: an object of it takes shared memory
-    large: bool = False
+    #: an object of it takes shared memory here: the janitor is told at once when it is finished
+    urgent: bool = False
+    #: it raised here: others may have gone on to objects of which this rank has not heard, and which go on until all have given up
+    failed: bool = False
 
 
 class Rounds:
@@ -152,7 +154,7 @@ class Rounds:
             self._finished[key] = max(call.number, self._finished.get(key, 0))
             self._changed_keys.add(key)
             self._unreported += 1
-            urgent = call.large or call.number <= self._urgent.get(key, 0)
+            urgent = call.urgent or call.failed or call.number <= self._urgent.get(key, 0)
             if not urgent and self._unreported < _REPORT_EVERY:
                 return
             report = {changed: self._finished[changed] for changed in self._changed_keys}
@@ -328,7 +330,12 @@ class Rounds:
             self._store.retire(oids, told)
 
     def _tells(self, call: Round) -> list[ObjectID]:
-        """Return the objects whose owners this rank tells that they are over: its own, and those of nobody if it is the lowest."""
+        """Return the objects whose owners this rank tells that they are over: its own, and those of nobody if it is the lowest.
+
+        Of a call that failed a rank tells of all: who failed early does not know what others went on to.
+        """
+        if call.failed:
+            return list(dict.fromkeys(call.objects))
         lowest = next((p for p in call.processes if self._view.has(*p)), None) == self._me
         return [
             oid

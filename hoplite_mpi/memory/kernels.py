@@ -192,7 +192,7 @@ def _user_op(token: bytes) -> ReduceOp:
 
 
 def _is_half(dtype: np.dtype[Any]) -> bool:
-    return dtype == np.float16 or dtype.name in _EXTENSION_FLOATS
+    return (dtype.kind, dtype.itemsize) == ("f", 2) or dtype.name in _EXTENSION_FLOATS  # of either byte order
 
 
 def reduce_into(

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def prepare_environment() -> None:
     """Keep UCX off shared memory, which hangs survivors of a kill, unless ``UCX_TLS`` is set. Call it before MPI_Init.
 
     Everything else (TCP, InfiniBand, ...) stays. Payload on one node goes through the arena, so nothing is lost.
+    Where MPI has begun without it, it is left unset: UCX has not seen it, and the fault mode goes by it.
     """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        return
     os.environ.setdefault("UCX_TLS", _transports())
 
 

@@ -168,3 +168,93 @@ def test_a_get_from_each_of_many_threads(store: ObjectStore, name: Name) -> None
     for thread in threads:
         thread.join(30)
     assert values == [7] * 8
+
+
+def test_wait_for_of_asyncio_gives_up_and_cancels(store: ObjectStore, name: Name) -> None:
+    async def run() -> tuple[bool, int]:
+        never, there = store.get_async(name("never")), store.get_async(name("there"))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(never, 0.1)
+        return never.cancelled(), int((await asyncio.wait_for(there, 30))[-1])
+
+    if store.rank == 0:
+        store.put(np.arange(LARGE), name("there"))
+    assert asyncio.run(run()) == (True, LARGE - 1)
+    assert name("never") not in store._waiting.getters
+    store.barrier()
+    if store.rank == 0:
+        store.put(b"came", name("never"))
+    assert bytes(store.get(name("never"))) == b"came"
+
+
+def test_gather_of_asyncio_with_an_error_among_them(store: ObjectStore, name: Name) -> None:
+    async def run() -> list[object]:
+        futures = [store.get_async(name(i)) for i in range(4)]
+        return await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 30)  # type: ignore[arg-type]
+
+    if store.rank == store.size - 1:
+        for i in (3, 0, 1):
+            store.put(np.full((10, LARGE)[i % 2], i), name(i))
+        store.delete(name(2))
+    got = asyncio.run(run())
+    assert [int(one[-1]) for one in (got[0], got[1], got[3])] == [0, 1, 3]  # type: ignore[index]
+    assert isinstance(got[2], hm.ObjectDeletedError)
+
+
+def test_a_future_may_end_when_its_loop_is_closed(store: ObjectStore, name: Name) -> None:
+    """Whoever awaited it is gone; the store and the other futures are not concerned."""
+
+    async def begin() -> object:
+        task = asyncio.ensure_future(asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), 0.05))
+        with pytest.raises(asyncio.TimeoutError):
+            await task
+        return None
+
+    future, other = store.get_async(name("")), store.get_async(name(""))
+    asyncio.run(begin())
+    assert not future.done()
+    store.barrier()
+    if store.rank == 0:
+        store.put(np.arange(LARGE), name(""))
+    assert other.result()[-1] == future.result()[-1] == LARGE - 1
+    assert bytes(store.get(store.put(b"on it goes"))) == b"on it goes"
+
+
+def test_a_callback_that_raises_is_logged_and_harms_nobody(
+    store: ObjectStore, name: Name, caplog: pytest.LogCaptureFixture
+) -> None:
+    called, late = threading.Event(), threading.Event()
+
+    def bad(_: object) -> None:
+        raise RuntimeError("of the user")
+
+    future = store.get_async(name(""))
+    future.add_done_callback(bad)
+    future.add_done_callback(lambda _: called.set())
+    store.barrier()
+    if store.rank == 0:
+        store.put(np.ones(LARGE), name(""))
+    assert future.result().sum() == LARGE
+    assert called.wait(30), "the callbacks after the bad one are called"
+    future.add_done_callback(bad)  # at once, in this thread, as in the standard library
+    future.add_done_callback(lambda _: late.set())
+    assert late.is_set()
+    assert sum("of the user" in str(record.exc_info) for record in caplog.records) == 2
+    assert store.get(name("")).sum() == LARGE
+
+
+def test_as_completed_gives_them_in_the_order_in_which_they_come(store: ObjectStore, name: Name) -> None:
+    futures = {store.get_async(name(i)): i for i in range(3)}
+    seen = []
+    for future in concurrent.futures.as_completed(futures, timeout=30) if store.rank else ():
+        seen.append(futures[future])
+        store.put(b"", name(("seen", store.rank, futures[future])))
+    if store.rank == 0:
+        for i in (2, 0, 1):
+            store.put(np.full((10, LARGE)[i % 2], i), name(i))
+            for rank in range(1, store.size):
+                store.get(name(("seen", rank, i)))
+        concurrent.futures.wait(futures, timeout=30)
+    assert seen == ([2, 0, 1] if store.rank else [])
+    with pytest.raises(concurrent.futures.TimeoutError):
+        next(iter(concurrent.futures.as_completed([store.get_async(name("never"))], timeout=0.05)))

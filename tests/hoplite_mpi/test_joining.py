@@ -164,3 +164,44 @@ def _ghost() -> Any:
 def test_who_dies_after_it_has_asked_to_be_let_in_is_put_out() -> None:
     result = run_ranks(2, _ghost, env=ENV, timeout=60)
     assert [result[rank].value for rank in range(2)] == [[[0, 1, 2], [0, 1]]] * 2, [r.output for r in result.values()]
+
+
+def _joins_what_is_under_way() -> Any:
+    """Ranks 0 and 1 have begun a reduce of three sources, and wait for it; the third comes from the replacement of rank 2."""
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    store, rank = _open(None), int(os.environ["HOPLITE_RANK"])
+    sources = [hm.ObjectID.from_name(f"source {r}") for r in range(4)]
+    rid, begun = hm.ObjectID.from_name("sum"), hm.ObjectID.from_name("begun")
+    data = np.full(LARGE, 10.0**rank)
+    if os.environ["HOPLITE_INCARNATION"] == "0":
+        store.barrier()
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        _until(lambda: 2 not in store.ranks or store.runtime.view.members[2].incarnation, "rank 2 was to be killed")
+        store.put(data, sources[rank])
+        if rank == 0:
+            store.reduce(sources, num_objects=3, object_id=rid)
+        future = store.get_async(rid)
+        if rank == 0:
+            # it is in its tree: the slots of the first two have begun
+            _until(lambda: store.runtime.slots._slots or store.runtime.slots._starting, "no slot has begun")
+            assert not future.done()
+            store.put(b"", begun)
+    else:
+        store.get(begun)
+        future = store.get_async(rid)
+        assert not store.wait([rid], timeout=0.1)[0]
+        store.put(data, sources[2])
+    got, used = future.result(), store.reduced_from(rid)
+    store.barrier()
+    return bool((got == 111.0).all()), used == set(sources[:3])
+
+
+def test_a_newcomer_takes_part_in_a_reduce_that_has_begun() -> None:
+    result = run_ranks(3, _joins_what_is_under_way, env=ENV, respawn=True, timeout=60)
+    assert [result[rank].exitcode for rank in range(3)] == [0, 0, 0], [r.output for r in result.values()]
+    assert [result[rank].incarnation for rank in range(3)] == [0, 0, 1]
+    assert all(result[rank].value == (True, True) for rank in range(3))

@@ -20,7 +20,7 @@ Name = Callable[[object], ObjectID]
 
 SMALL, LARGE = 1000, 300_001
 OPS = {
-    "sum": (hm.SUM, np.add, "i8 f4 f8 c16 u2"),
+    "sum": (hm.SUM, np.add, "i8 f4 f8 c16 u2 g G >f8 >i4 >c8"),
     "prod": (hm.PROD, np.multiply, "i8 f8"),
     "min": (hm.MIN, np.minimum, "i4 f8"),
     "max": (hm.MAX, np.maximum, "u1 f4"),
@@ -92,7 +92,43 @@ def test_sources_of_any_number_and_all_on_one_rank(store: ObjectStore, name: Nam
     np.testing.assert_array_equal(store.get(rid), sum(_source(number, size) for number in range(count)))
 
 
-@pytest.mark.parametrize("shape", [(), (3, 0), (7, 5, 3)])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("dtype", ["u1", "G"])
+@pytest.mark.parametrize("at", ["inline limit", "chunk", "four chunks"])
+def test_sizes_about_those_at_which_something_changes(
+    store: ObjectStore, name: Name, at: str, dtype: str, more: int
+) -> None:
+    nbytes = {"inline limit": store.inline_limit, "chunk": store.runtime.transfers.chunk_size}.get(at)
+    size = (nbytes or 4 * store.runtime.transfers.chunk_size) // np.dtype(dtype).itemsize + more
+    if store.rank == 0:  # the size of a chunk is measured, by each rank for itself
+        store.put(np.array([size]), name("size"))
+    size = int(store.get(name("size"))[0])
+    rid = _reduce(store, name, _put_sources(store, name, 3, size, dtype))
+    np.testing.assert_array_equal(store.get(rid), sum(_source(number, size, dtype) for number in range(3)))
+
+
+@pytest.mark.parametrize("how", ["backwards", "fortran", "broadcast", "read-only"])
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_sources_of_any_layout(store: ObjectStore, name: Name, size: int, how: str) -> None:
+    def source(number: int) -> Any:
+        whole = _source(number, 2 * size)
+        if how == "backwards":
+            return whole[::-2].reshape(-1, 1)
+        if how == "fortran":
+            return np.asfortranarray(whole.reshape(2, size))
+        if how == "broadcast":
+            return np.broadcast_to(whole[:7], (size, 7))
+        whole.flags.writeable = False
+        return whole
+
+    for number in range(3):
+        if number % store.size == store.rank:
+            store.put(source(number), name(number))
+    got = store.get(_reduce(store, name, [name(number) for number in range(3)]))
+    np.testing.assert_array_equal(got, sum(source(number) for number in range(3)))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3), (7, 5, 3)])
 def test_shapes_stay(store: ObjectStore, name: Name, shape: tuple[int, ...]) -> None:
     for number in range(3):
         if number % store.size == store.rank:

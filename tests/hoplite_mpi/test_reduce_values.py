@@ -41,7 +41,7 @@ def _reduce(store: ObjectStore, name: Name, oids: list[ObjectID], **options: Any
 
 @pytest.mark.parametrize("shape", ["chain", "star", "tree_of_chains"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float16, ">f2", ml_dtypes.bfloat16])
 def test_halves_are_added_in_float32_and_rounded_once(
     store: ObjectStore, name: Name, dtype: Any, size: int, shape: str
 ) -> None:
@@ -70,6 +70,7 @@ def test_functions(store: ObjectStore, name: Name, size: int) -> None:
 def test_a_function_of_structures(store: ObjectStore, name: Name, size: int) -> None:
     """The largest value and where it was: MPI's MAXLOC."""
     dtype = np.dtype([("value", "f8"), ("source", "i4")])
+    assert size * 12 % 4096, "12 bytes divide no chunk"
     sources = []
     for number in range(COUNT):
         one = np.zeros(size, dtype)
@@ -81,6 +82,37 @@ def test_a_function_of_structures(store: ObjectStore, name: Name, size: int) -> 
 
     got = _reduce(store, name, _put(store, name, sources), op=later)
     np.testing.assert_array_equal(got["source"], np.argmax([one["value"] for one in sources], axis=0))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["bytes", "datetime64", "big elements"])
+def test_functions_of_what_has_no_arithmetic(store: ObjectStore, name: Name, size: int, kind: str) -> None:
+    """Bytes are uint8; an element of 100,000 bytes is larger than the chunks of a slow link."""
+    rng = np.random.default_rng(size)
+    sources = {
+        "bytes": lambda: rng.integers(0, 256, size, "u1").tobytes(),
+        "datetime64": lambda: rng.integers(0, 10**9, size).astype("M8[us]"),
+        "big elements": lambda: rng.integers(0, 256, (min(size // 100, 5), 100_000), "u1").view("V100000").ravel(),
+    }[kind]
+    parts = [sources() for _ in range(3)]
+    if kind == "bytes":
+        got = _reduce(store, name, _put(store, name, parts), op=np.maximum)
+        assert bytes(got) == np.maximum.reduce([np.frombuffer(one, "u1") for one in parts]).tobytes()
+    elif kind == "datetime64":
+        got = _reduce(store, name, _put(store, name, parts), op=np.maximum)
+        np.testing.assert_array_equal(got, np.maximum.reduce(parts))
+    else:
+        got = _reduce(store, name, _put(store, name, parts), op=lambda a, b: b, deterministic=True)
+        assert got.dtype == "V100000"
+        assert got.tobytes() == parts[-1].tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, "S3", "M8[s]", [("a", "i4")]])
+def test_what_has_no_sum_is_an_error_that_says_so(store: ObjectStore, name: Name, size: int, dtype: Any) -> None:
+    oids = _put(store, name, [np.zeros(size, dtype)] * 2)
+    with pytest.raises(hm.ReduceError, match="sum is not defined for dtype"):
+        _reduce(store, name, oids)
 
 
 @pytest.mark.parametrize("size", SIZES)

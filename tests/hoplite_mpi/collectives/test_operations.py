@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,61 @@ def test_allreduce_of_dtypes(store: ObjectStore, key: str, dtype: Any, op: Any, 
     for part in parts[1:]:
         expected = function(expected, part)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("how", ["backwards", "fortran", "broadcast", "read-only"])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "G"), (3, ">i8"), (1500, "G")])
+def test_arrays_of_any_layout(store: ObjectStore, key: str, dtype: str, rows: int, how: str) -> None:
+    """Inline, and in stripes that no element divides; and the buffers that are filled may have any layout, too."""
+
+    def part(rank: int) -> Any:
+        whole = _part(rank, (2 * rows, 101), dtype)
+        if how == "backwards":
+            return whole[::-2, ::-1]
+        if how == "fortran":
+            return np.asfortranarray(whole[:rows])
+        if how == "broadcast":
+            return np.broadcast_to(whole[0], (rows, 101))
+        whole.flags.writeable = False
+        return whole[:rows]
+
+    mine = part(store.rank)
+    total = sum(part(rank) for rank in range(store.size))
+    out = np.zeros((2 * rows, 101), dtype)[::-2] if how == "backwards" else np.zeros((rows, 101), dtype, order="F")
+    got = store.allreduce(mine, key=key, out=out)
+    assert got is out
+    np.testing.assert_array_equal(out, total)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(store.reduce_scatter(mine, key=key), np.array_split(total, store.size)[store.rank])
+    np.testing.assert_array_equal(store.allgather(mine, key=key), [part(rank) for rank in range(store.size)])
+    np.testing.assert_array_equal(store.broadcast(mine, store.size - 1, key=key), part(store.size - 1))
+    np.testing.assert_array_equal(
+        store.alltoall([mine] * store.size, key=key), [part(rank) for rank in range(store.size)]
+    )
+
+
+@pytest.mark.parametrize("count", [0, 3, 40_001])
+def test_structures_and_bytes_go_through_collectives(store: ObjectStore, key: str, count: int) -> None:
+    dtype = np.dtype([("value", "f8"), ("rank", "i4"), ("half", ml_dtypes.bfloat16)])
+
+    def part(rank: int) -> Any:
+        one = np.zeros(count, dtype)
+        one["value"], one["rank"] = _part(rank, (count,)), rank
+        return one
+
+    def larger(a: Any, b: Any) -> Any:
+        return np.where(a["value"] >= b["value"], a, b)
+
+    got = store.allreduce(part(store.rank), larger, key=key)
+    values = np.stack([_part(rank, (count,)) for rank in range(store.size)])
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got["value"], values.max(axis=0, initial=0))
+    np.testing.assert_array_equal(store.allgather(part(store.rank), key=key), [part(r) for r in range(store.size)])
+    np.testing.assert_array_equal(store.broadcast(part(store.rank) if store.rank == 0 else None, key=key), part(0))
+    raw = bytes([store.rank]) * count
+    assert [bytes(one) for one in store.alltoall([raw] * store.size, key=key)] == [
+        bytes([rank]) * count for rank in range(store.size)
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -173,6 +229,19 @@ def test_nothing_is_left_of_a_thousand_calls(apart_store: ObjectStore, key: str)
     assert end.objects <= start.objects + 200, (start.objects, end.objects, left, known)
     assert end.memory_used <= start.memory_used + 8 * store.size * 160_000
     assert sum(left) + sum(known) <= 7 * (start.objects + 400), (left, known)
+
+
+def test_large_results_go_soon_where_they_are_only_received(apart_store: ObjectStore, key: str) -> None:
+    """Who has put nothing large itself tells the others as soon that it is done."""
+    store, data = apart_store, np.zeros(500_000)
+    start = store.statistics().memory_used
+    for _ in range(12):
+        store.broadcast(data if store.rank == 0 else None, key=key)
+        store.barrier(key=f"{key} barrier")
+    end = time.monotonic() + 20
+    while (used := store.statistics().memory_used - start) > 2 * data.nbytes:  # the last report is on its way
+        assert time.monotonic() < end, f"{used} bytes of {12 * data.nbytes} are still here"
+        time.sleep(0.01)
 
 
 def test_bad_input_is_refused_before_anything_is_counted(store: ObjectStore, key: str) -> None:

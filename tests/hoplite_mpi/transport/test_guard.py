@@ -131,3 +131,17 @@ def test_ucx_takes_plain_tcp_only_where_there_is_no_infiniband(tmp_path: Path) -
     assert guard._transports(str(tmp_path)) == "tcp,self"
     (tmp_path / "mlx5_0").mkdir()
     assert guard._transports(str(tmp_path)) == "^sm"
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(
+    ("first", "mode"), [("import hoplite_mpi", "federated"), ("from mpi4py import MPI", "restart: UCX_TLS=(unset)")]
+)
+def test_what_was_imported_too_late_makes_no_promise(first: str, mode: str) -> None:
+    """UCX has read its settings when MPI began: what is set after that would only look as if it counted."""
+    environ = {name: value for name, value in os.environ.items() if name != "UCX_TLS"} | {"SLURM_STEP_ID": "0"}
+    code = f"{first}; import hoplite_mpi as hm; store = hm.init(); store.close()"
+    command = [find_mpiexec(), "-n", "1", sys.executable, "-c", code]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"fault mode {mode}" in done.stderr
