@@ -82,8 +82,10 @@ class Answers:
             return
         sender, mapped = found
         attempt = entry.wanted[rank]
+        entry.places[sender].served += not mapped
         failures = 0 if place is None else place.failures
-        entry.places[rank] = Place(sender=sender, mapped=mapped, attempt=attempt, failures=failures)
+        served = 0 if place is None else place.served
+        entry.places[rank] = Place(sender=sender, mapped=mapped, attempt=attempt, failures=failures, served=served)
         self._port.send(
             rank,
             ms.Location(

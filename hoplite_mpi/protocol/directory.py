@@ -256,8 +256,12 @@ class Directory:
         entry.seen[src] = attempt
         if place is not None and place.sender is not None and self._ends(place, attempt):
             if message.suspect == place.sender and message.suspect in entry.places:
-                entry.places[message.suspect].failures += 1
+                suspect = entry.places[message.suspect]
+                suspect.failures += 1
+                suspect.stalled = suspect.sender is not None
             place.sender = None
+        if place is not None:
+            place.stalled = False
         if not (place is not None and place.complete and entry.final):
             entry.wanted[src] = attempt
         self._answers.settle(entry)
@@ -291,7 +295,7 @@ class Directory:
             return
         if place.sender in entry.places:
             entry.places[place.sender].failures = 0
-        place.complete, place.sender = True, None
+        place.complete, place.sender, place.stalled = True, None, False
         if entry.final:
             entry.wanted.pop(src, None)
         self._answers.settle(entry)

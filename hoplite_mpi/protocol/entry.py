@@ -27,11 +27,15 @@ class Place:
     attempt: int = 0
     #: receivers that gave up on it since one last succeeded; it is the last choice then, but stays one
     failures: int = 0
+    #: one that waited for it got nothing, and it has said nothing since: its sender is free for others, who end its transfer by theirs
+    stalled: bool = False
+    #: receivers it was given to
+    served: int = 0
 
 
 @dataclass
 class Entry:
-    """One object of the shard. Edges receiver → sender form a forest in which each sender has at most one receiver.
+    """One object of the shard. Edges receiver → sender form a forest in which each sender has at most one receiver that is not stalled.
 
     An edge ends only when its receiver has said so: what this rank takes to be free is free. A getter is only
     attached to a place that is *fed*: complete, being produced, or receiving from a fed one. A getter that needs a
@@ -112,7 +116,7 @@ class Entry:
 
     def busy(self) -> set[int]:
         """Return the ranks that are checked out."""
-        return {p.sender for p in self.places.values() if p.sender is not None and not p.mapped}
+        return {p.sender for p in self.places.values() if p.sender is not None and not p.mapped and not p.stalled}
 
     def locate(self, rank: int, nodes: dict[int, str]) -> tuple[int, bool] | None:
         """Return (sender, whether to map its copy) for a getter without sender; None: let it wait.
@@ -134,9 +138,10 @@ class Entry:
             return None
         return min(free, key=lambda r: self._order(r, r in mates)), False
 
-    def _order(self, rank: int, mate: bool) -> tuple[int, bool, bool, bool, int]:
+    def _order(self, rank: int, mate: bool) -> tuple[int, bool, bool, bool, int, int]:
         place = self.places[rank]
-        return place.failures, not place.complete, place.spilled, not mate, self.depth(rank)
+        # those who come one by one are sent on to the copies of those before: the source serves few of them
+        return place.failures, not place.complete, place.spilled, not mate, self.depth(rank), place.served
 
     def evictable(self, rank: int, nodes: dict[int, str]) -> list[int]:
         """Return the ranks whose copies can go together with that of *rank*, those of its node; none if they have to stay.

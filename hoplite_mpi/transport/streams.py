@@ -125,6 +125,7 @@ class Outgoing:
 
     link: Link
     number: int
+    key: bytes
     changed: Signal
     #: the receiver wants checksums
     summed: bool

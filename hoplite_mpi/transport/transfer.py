@@ -311,7 +311,8 @@ class Transfers:
         link = self._fabric.link(peer)
         if kind == _PULL:
             tag, key, offset, end, chunk, summed = rest
-            outgoing = self._outgoing[peer, number] = Outgoing(link, number, Signal(self._engine), summed)
+            self._end_older(peer, key)
+            outgoing = self._outgoing[peer, number] = Outgoing(link, number, key, Signal(self._engine), summed)
             if key != PROBE and summed != self._engine.config.checksums:
                 self._verifier.say_that_they_differ(peer, summed)
             self._engine.spawn(self._serve(outgoing, tag, key, offset, end, chunk))
@@ -327,6 +328,12 @@ class Transfers:
             incoming = self._incoming.get(number)
             if incoming is not None and not incoming.ended:
                 self._verifier.take(incoming, *rest)
+
+    def _end_older(self, peer: PeerKey, key: bytes) -> None:
+        """An object goes to one receiver at a time: whoever was receiving it is taken to be stopped, or this one were not here."""
+        for (other, _), outgoing in self._outgoing.items():
+            if other != peer and outgoing.key == key != PROBE:
+                outgoing.stop()
 
     def _sender_stopped(self, incoming: Incoming, posted: int) -> None:
         """Take the chunks that are under way, cancel the receives for those that aren't."""

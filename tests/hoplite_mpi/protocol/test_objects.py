@@ -92,6 +92,37 @@ def test_many_getters_form_a_pipeline() -> None:
     assert sum(t.sender == 1 for t in world.starts) < 4
 
 
+def test_getters_that_come_one_by_one_are_spread_over_the_copies() -> None:
+    world = make(8)
+    oid = owned_by(world, 0)
+    world.put(1, oid, 7)
+    for rank in range(2, 8):
+        world.get(rank, oid)
+        world.settle()
+    senders = [t.sender for t in world.starts]
+    assert len(senders) == 6 and senders.count(1) == 1
+
+
+def test_who_waits_behind_a_stalled_receiver_gets_the_sender_itself() -> None:
+    world = make(4)
+    oid = owned_by(world, 0)
+    world.put(1, oid, 7)
+    world.get(2, oid)
+    while not any(t.sender == 1 for t in world.starts):
+        assert world.step()
+    world.get(3, oid)
+    while not any(t.sender == 2 for t in world.starts):
+        assert world.step()
+    stalled = world.nodes[2].transfers[oid]  # rank 2 does nothing any more
+    world.fail_transfer(world.nodes[3], world.nodes[3].transfers[oid])
+    while not any(t.sender == 1 and t is not stalled for t in world.starts):
+        assert world.step()
+    assert world.nodes[3].transfers[oid].sender == 1
+    assert oid not in world.nodes[2].transfers, "the sender has ended it"
+    world.settle()
+    assert oid in world.nodes[2].delivered and oid in world.nodes[3].delivered
+
+
 def test_one_transfer_per_machine() -> None:
     world = make(8, machines=2)
     oid = owned_by(world, 0)

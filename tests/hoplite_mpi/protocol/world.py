@@ -474,7 +474,13 @@ class World:
             if isinstance(u := n.transfers.get(t.oid), ev.StartTransfer)
             and (u.version, u.sender, u.sender_incarnation) == (t.version, t.sender, t.sender_incarnation)
         ]
-        assert same == [node.rank], f"rank {t.sender} sends {t.oid} to {same} at once"
+        for rank in same:
+            if (
+                rank != node.rank
+            ):  # the sender ends the older one by itself; there is one only if somebody waited for it in vain
+                older = self.nodes[rank]
+                assert self.is_stalled(older, t.oid), f"rank {t.sender} sends {t.oid} to {same} at once"
+                self.fail_transfer(older, older.transfers[t.oid])
         seen, at = {node.rank}, t.sender
         while at in self.nodes and isinstance(u := self.nodes[at].transfers.get(t.oid), ev.StartTransfer):
             assert at not in seen, f"cycle over {seen}"
@@ -483,6 +489,14 @@ class World:
                 break
             at = u.sender
         assert at != node.rank, "a rank receives from itself"
+
+    def is_stalled(self, node: Node, oid: ObjectID) -> bool:
+        """Whether an owner, of the newest view or the one before, takes it that the rank receives nothing."""
+        entries = [one.protocol.directory._entries.get(oid) for one in self.nodes.values()]
+        return any(
+            entry is not None and (place := entry.places.get(node.rank)) is not None and place.stalled
+            for entry in entries
+        )
 
     def deliver(self, node: Node, d: ev.Deliver) -> None:
         assert d.oid in node.wanted
