@@ -86,7 +86,7 @@ class Config:
     #: silence on the side channel for this long, after the kernel's keepalive, proves a dead host
     keepalive_timeout: float = 3.0
     #: a silent member is left out so long after its silence is known: where the network is cut, the smaller part has closed by then
-    cut_margin: float = 1.4
+    cut_margin: float = 1.2
     #: one accept/connect
     join_timeout: float = 20.0
     #: all ranks of the start have to be there after this long

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -18,6 +19,7 @@ import os
 import select
 import socket
 import struct
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +39,10 @@ PeerKey = tuple[int, int]
 _HEADER = struct.Struct("<IB")
 _HELLO, _CHALLENGE, _PROOF, _BYE, _USER = range(5)
 _MAX_FRAME = 64 << 20
-#: Linux's struct tcp_info up to last_ack_recv: packets that are not acknowledged, and milliseconds since the last acknowledgement
+#: Linux's struct tcp_info up to last_ack_recv, the milliseconds since the last acknowledgement
 _TCP_INFO = struct.Struct("=8B13I")
-_UNACKED, _LAST_ACK = 8 + 4, 8 + 12
+#: what SIOCOUTQ tells: bytes that are not acknowledged, those included that the kernel has not sent yet since its device is down
+_QUEUED = struct.Struct("=i")
 #: seconds between two looks that have to find the same: this process itself may have been stopped
 _SECOND_LOOK = 0.1
 #: errors by which the kernel says that the process at the other end is gone
@@ -51,8 +54,6 @@ def own_address() -> str:
     given = os.environ.get("HOPLITE_HOST")
     if given:
         return given
-    import fcntl
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             if name == "lo" or name.startswith(("docker", "virbr")):
@@ -323,11 +324,12 @@ class SideChannel:
         connection.look = None
         if connection.sock.fileno() < 0:
             return
-        info = _TCP_INFO.unpack(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
-        if not info[_UNACKED]:
+        queued = fcntl.ioctl(connection.sock.fileno(), termios.TIOCOUTQ, bytes(_QUEUED.size))
+        if not _QUEUED.unpack(queued)[0]:
             connection.overdue = False
             return
-        left = self._engine.config.keepalive_timeout - info[_LAST_ACK] / 1000
+        info = _TCP_INFO.unpack(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+        left = self._engine.config.keepalive_timeout - info[-1] / 1000
         if left <= 0 and connection.overdue:
             self._lost(connection, "silence")
             return
