@@ -3,7 +3,8 @@
 Both block, so they run in a helper thread, one at a time, in the order in which they were wanted. Of each pair the senior
 accepts and the junior connects, so that it is the process without state that crashes if its peer dies. *go* (with the port's name) and
 *ready* are exchanged over the side channel just before, so a process is in accept only while the other is known to be about
-to connect. The senior of a pair never waits for a more senior one, so the waits have no cycle.
+to connect. The senior of a pair never waits for a more senior one, so the waits have no cycle. A peer that does not answer, since it is
+stopped, comes to its turn again and again, and holds up nobody else.
 
 MPICH holds its lock for as long as accept or connect lasts, so if the peer dies meanwhile, every other MPI call of this process blocks,
 the engine's with the engine's lock. So a thread that needs neither lock watches the peer, by calling its side channel's address.
@@ -61,6 +62,8 @@ class _Job:
         #: where the peer's side channel listens; None if that isn't known
         self.address: tuple[str, int] | None = None
         self.port: str | None = None
+        #: until when the peer may take to answer, by `time.monotonic`
+        self.deadline = 0.0
         self.ready = threading.Event()
         self.dead = False
         #: accept or connect has come back
@@ -143,8 +146,13 @@ class Joiner:
         while (job := self._queue.get()) is not None:
             comm = None
             try:
+                if job.accepts and not self._is_ready(job):
+                    self._queue.put(job)  # it may be stopped: others don't wait for it
+                    continue
                 if not job.dead:
                     comm = self._accept(job) if job.accepts else self._connect(job)
+                elif job.accepts and job.port is not None:
+                    MPI.Close_port(job.port)
             except MPI.Exception as error:
                 log.warning("joining rank %d.%d failed: %s", *job.peer, error)
             self._engine.run(lambda job=job, comm=comm: self._ended(job, comm))  # type: ignore[misc]
@@ -159,11 +167,18 @@ class Joiner:
         if not job.dead:
             self._on_joined(job.peer, comm)
 
-    def _accept(self, job: _Job) -> MPI.Comm | None:
-        job.port = MPI.Open_port()
-        try:
+    def _is_ready(self, job: _Job) -> bool:
+        """Tell the junior peer to go; return whether it has answered, is dead, or had time enough."""
+        if job.port is None and not job.dead:
+            job.port = MPI.Open_port()
+            job.deadline = time.monotonic() + self._engine.config.evict_timeout
             self._engine.run(lambda: self._tell(job, GO, job.port))
-            if not job.ready.wait(self._engine.config.evict_timeout) or job.dead:
+        return job.ready.wait(self._engine.config.stall_timeout) or time.monotonic() > job.deadline
+
+    def _accept(self, job: _Job) -> MPI.Comm | None:
+        assert job.port is not None
+        try:
+            if not job.ready.is_set():
                 return None
             fault.point("join.before_accept")
             with self._watched(job):

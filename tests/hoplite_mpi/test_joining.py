@@ -205,3 +205,49 @@ def test_a_newcomer_takes_part_in_a_reduce_that_has_begun() -> None:
     assert [result[rank].exitcode for rank in range(3)] == [0, 0, 0], [r.output for r in result.values()]
     assert [result[rank].incarnation for rank in range(3)] == [0, 0, 1]
     assert all(result[rank].value == (True, True) for rank in range(3))
+
+
+def _stops_before_it_is_joined() -> Any:
+    """Rank 1 stops when rank 0 tells it to connect. Rank 2, which is to be joined to rank 0 after that, is joined meanwhile."""
+    import json
+
+    import hoplite_mpi as hm
+    from hoplite_mpi.transport import joining
+
+    rank = int(os.environ["HOPLITE_RANK"])
+    take, want = joining.Joiner.on_side_message, joining.Joiner.want
+
+    def stop_at_go(self: Any, peer: Any, kind: int, body: Any) -> None:
+        if rank == 1 and kind == joining.GO and peer == (0, 0):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        take(self, peer, kind, body)
+
+    def first_rank_1(self: Any, peer: Any) -> None:
+        first = {0: (1, 0), 1: (0, 0)}.get(
+            rank
+        )  # and rank 1 does not tell rank 2 to connect, which would be stuck in MPI then
+        if peer == (2, 0) and first is not None and first not in self._jobs and first not in self._joined:
+            self._engine.after(0.005, lambda: self.want(peer))
+        else:
+            want(self, peer)
+
+    joining.Joiner.on_side_message, joining.Joiner.want = stop_at_go, first_rank_1  # type: ignore[method-assign]
+    store = _open(None)
+    if rank == 2:
+        contact = os.path.join(os.environ["HOPLITE_RENDEZVOUS"], "rank.1.0.json")
+        with open(contact) as file:
+            pid = json.load(file)["pid"]
+        _until(lambda: store.runtime.fabric.link((0, 0)).comm is not None, "rank 0 waits for rank 1", 20)
+        with open(f"/proc/{pid}/stat") as file:
+            assert file.read().rpartition(")")[2].split()[0] == "T", "rank 1 went on before"
+        os.kill(pid, signal.SIGCONT)
+    store.put(b"", hm.ObjectID.from_name(f"of {rank}"))
+    for other in range(3):
+        store.get(hm.ObjectID.from_name(f"of {other}"))
+    store.barrier()
+    return store.ranks
+
+
+def test_one_that_stops_before_it_is_joined_holds_up_nobody_else() -> None:
+    result = run_ranks(3, _stops_before_it_is_joined, env=ENV, timeout=60)
+    assert [result[rank].value for rank in range(3)] == [[0, 1, 2]] * 3, [r.output for r in result.values()]

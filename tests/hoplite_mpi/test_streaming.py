@@ -310,7 +310,7 @@ def test_a_copy_on_the_same_node_is_preferred_to_a_remote_one(partial: bool) -> 
     mapped = _one(events, "map")
     assert (mapped.rank, mapped["holder"], mapped["found"]) == (2, 1, True)
     assert [event["peer"] for event in _find(events, "serve.begin")] == [1]
-    assert [event["how"] for event in _find(events, "get.delivered")] == ["received", "mapped"]
+    assert {event.rank: event["how"] for event in _find(events, "get.delivered")} == {1: "received", 2: "mapped"}
 
 
 # -- reduce ------------------------------------------------------------------------------------------------------------------
