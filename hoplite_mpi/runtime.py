@@ -461,12 +461,19 @@ class Runtime:
             self.joiner.want(link.peer)
 
     def _link_broken(self, link: Link) -> None:
-        """See to it that a peer is put out of the view if MPI can't reach it: if it is dead its connections say so by themselves."""
+        """See to it that a peer that MPI can't reach leaves, or this process: if it is dead its connections say so by themselves."""
 
         def check() -> None:
             if not link.down:
                 log.warning("MPI can't reach rank %d.%d, though it is not known to be dead", *link.peer)
-                self._membership(ms.PeerDown(*link.peer, "silence"))
+                if self._is_senior(link.peer):
+                    self._peer_down(link.peer, "silence")
+                else:  # of two that can't talk to each other the junior one goes
+                    rank, (peer, incarnation) = self.place.rank, link.peer
+                    text = (
+                        f"rank {rank} leaves: MPI can't reach rank {peer}.{incarnation}, which is its senior and lives"
+                    )
+                    self._close(EvictedError(text))
 
         self.engine.after(self.config.keepalive_timeout, check)
 

@@ -157,9 +157,16 @@ def test_the_root_of_a_broadcast_dies_in_the_middle(chunk: int) -> None:
 # -- deaths at any time, and newcomers -------------------------------------------------------------------------------------
 
 
-def _loop(calls_after: int) -> Any:
-    """Allreduce until all who were started are there, none of them in its first life only; return what was got, by call."""
+def _loop(calls_after: int, victim: int, seconds: float | None) -> Any:
+    """Allreduce until all who were started are there, none of them in its first life only; return what was got, by call.
+
+    seconds: after these the victim dies, wherever it is then.
+    """
+    import threading
+
     store = _open()
+    if seconds is not None and (store.rank, os.environ["HOPLITE_INCARNATION"]) == (victim, "0"):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
     rank, size = store.rank, int(os.environ["HOPLITE_SIZE"])
     log: dict[int, Any] = {}
     since = 0
@@ -180,16 +187,21 @@ def _loop(calls_after: int) -> Any:
     return log
 
 
-@pytest.mark.parametrize("when", ["transfer.chunk_sent@3", "transfer.chunk_received@30", "reduce.chunk@20", 2.0])
+@pytest.mark.parametrize("when", ["transfer.chunk_sent@3", "transfer.chunk_received@30", "reduce.chunk@20", 0.5])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_dies_at_any_time_and_is_replaced(victim: int, when: str | float) -> None:
-    result = run_ranks(4, _loop, (5,), kill=[(victim, when)], env=ENV, respawn=True, timeout=60)
+    # not at a time of `run_ranks`, at which a busy machine has no view yet
+    at_point = [(victim, when)] if isinstance(when, str) else []
+    seconds = None if isinstance(when, str) else when
+    result = run_ranks(4, _loop, (5, victim, seconds), kill=at_point, env=ENV, respawn=True, timeout=60)
     assert [result[rank].exitcode for rank in range(4)] == [0, 0, 0, 0], [r.output for r in result.values()]
     assert result[victim].incarnation == 1
-    logs = [result[rank].value for rank in range(4)]
-    elders = [log for rank, log in enumerate(logs) if rank != victim]
-    assert elders[0] == elders[1] == elders[2]
-    newcomer = logs[victim]
+    # a process that was just connecting to the victim may have left with it, and have been replaced as well
+    elders = [rank for rank in range(4) if result[rank].incarnation == 0]
+    assert len(elders) >= 2
+    log = result[elders[0]].value
+    assert all(result[rank].value == log for rank in elders)
+    newcomer = result[victim].value
     assert len(newcomer) > 5
-    assert newcomer == {number: elders[0][number] for number in newcomer}, "it took part in what the others did"
+    assert newcomer == {number: log[number] for number in newcomer}, "it took part in what the others did"
     assert all(victim in ranks for ranks in newcomer.values())
