@@ -39,7 +39,7 @@ _AFTER_A_STALL = ("transfer.stop", "transfer.stopped", "transfer.drained")
 #: the points are passed only by who has less memory than it holds
 _UNDER_PRESSURE = ("spill.", "evict.")
 #: objects (of 1.2 MB) for which each rank has memory then, beside two of each: those in use at once fit in, what is still to go does not
-_PRESSED = 7
+_PRESSED = 10
 #: how often a point is passed in a trial, at least about: the fatal passing is one of so many
 _PASSINGS = {
     "transfer.chunk_sent": 60,
