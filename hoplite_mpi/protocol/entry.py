@@ -146,9 +146,12 @@ class Entry:
     def evictable(self, rank: int, nodes: dict[int, str]) -> list[int]:
         """Return the ranks whose copies can go together with that of *rank*, those of its node; none if they have to stay.
 
-        They stay if no other node has a complete copy, and while one of them is being received or mapped.
+        They stay if no other node has a complete copy, and while one of them is being received or mapped. What was put stays with the
+        process that put it, and what was reduced with all who have it: nobody's death but its own takes it from who has made it.
         """
         mates = [r for r in self.places if nodes[r] == nodes[rank]]
+        if self.version != 0 or any(self.places[r].origin for r in mates):
+            return []
         used = any(place.sender in mates for place in self.places.values())
         whole = all(self.places[r].complete for r in mates)
         elsewhere = any(place.complete for r, place in self.places.items() if r not in mates)

@@ -250,21 +250,30 @@ def test_a_reduce_skips_what_is_lost(seed: int) -> None:
 
 
 def run_evictions(seed: int, protocol: type[Protocol] = Protocol) -> World:
-    """Everybody puts, gets, and wants to let go of what it has, in any order: nothing that was put is lost."""
+    """Everybody gets, and wants to let go of what it has, in any order, also when who put it is dead: nothing that others have is lost."""
     rng = random.Random(seed)
-    world = World(rng, rng.randint(2, 6), rng.randint(2, 4), protocol)
+    world = World(rng, rng.randint(4, 6), rng.randint(3, 5), protocol)
     world.settle()
+    putter = rng.choice(sorted(world.nodes))
+    others = [rank for rank in sorted(world.nodes) if world.nodes[rank].machine != world.nodes[putter].machine]
+    for oid in OBJECTS:
+        world.put(putter, oid, VALUES[oid], False, rng.random() < 0.7)
+        for rank in others:
+            world.get(rank, oid)
+    world.settle()
+    dead = rng.random() < 0.7
+    if dead:
+        world.change(kill=[putter])
+        world.settle()
     for _ in range(rng.randint(10, 60)):
         operation = rng.choice([world.get, world.evict, world.evict])
-        rank, oid = rng.choice(sorted(world.nodes)), rng.choice(OBJECTS)
-        if oid not in world.values:
-            world.put(rank, oid, VALUES[oid], False, rng.random() < 0.7)
-        operation(rank, oid)
+        operation(rng.choice(sorted(world.nodes)), rng.choice(OBJECTS))
         for _ in range(rng.choice([0, 1, 5, 30])):
             world.step()
     world.settle()
     for oid in world.values:
         assert world.usable(oid), f"{oid} is lost: all have let go of it"
+        assert dead or world.nodes[putter].protocol.client.holds(oid), "who put it keeps it"
     for rank in world.nodes:
         for oid in world.values:
             world.get(rank, oid)
