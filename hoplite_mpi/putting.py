@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hoplite_mpi.checksums import Sums
-from hoplite_mpi.errors import ObjectDeletedError, ObjectExistsError, ObjectLostError
+from hoplite_mpi.errors import GetTimeoutError, ObjectDeletedError, ObjectExistsError, ObjectLostError
 from hoplite_mpi.futures import Future
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.memory import Pinned, Region
@@ -133,7 +133,7 @@ class Putter:
             if not started:
                 return False
             self._copy(region, source, grow, accepted)
-            accepted.result()
+            self._settle(oid, accepted)
             fault.point("put.copied")
             deadline = time.monotonic() + self._runtime.config.join_timeout
             while not self._locked(end):
@@ -141,7 +141,7 @@ class Putter:
                 if time.monotonic() > deadline:
                     raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
                 time.sleep(_LOOK)
-            stored.result()
+            self._settle(oid, stored)
             self._counts.puts += 1
         except BaseException:
             if started and self._runtime.closed is None:
@@ -216,8 +216,16 @@ class Putter:
 
         self._locked(begin)
         fault.point("put.announced")
-        future.result()
+        self._settle(oid, future)
         self._counts.puts += 1
+
+    def _settle(self, oid: ObjectID, future: Future) -> None:
+        """Wait for the owner's answer; if that takes too long, nobody waits for it any more."""
+        try:
+            future.result()
+        except GetTimeoutError:
+            self._engine.run(lambda: Waiting.remove(self._waiting.putters, oid, future))
+            raise
 
     def _future(self, oid: ObjectID) -> Future:
         return Future(self._engine, f"put of {oid}")

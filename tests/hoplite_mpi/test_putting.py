@@ -218,3 +218,32 @@ def _threads() -> Any:
 
 def test_threads_that_put_one_id() -> None:
     _run(1, _threads)
+
+
+def _owner_stops() -> Any:
+    """The owner of the id does not answer in time: the put says so, nothing is left waiting, and it can be put again."""
+    store = _open()
+    mine = [oid for i in range(100) if store.runtime.view.owner(bytes(oid := _name(f"x{i}"))) == 1]
+    if store.rank == 0:
+        store.barrier()
+        pid = int(store.get(_name("pid"))[0])
+        os.kill(pid, signal.SIGSTOP)
+        for oid, nbytes in zip(mine, (1000, MIB, 16 * MIB), strict=False):
+            with pytest.raises(hm.GetTimeoutError, match="put of"):
+                store.put(_data(0, nbytes), oid)
+        assert not store._waiting.putters
+        os.kill(pid, signal.SIGCONT)
+        for oid, nbytes in zip(mine, (1000, MIB, 16 * MIB), strict=False):
+            store.put(_data(0, nbytes), oid)
+    else:
+        store.put(np.array([os.getpid()]), _name("pid"))
+        store.barrier()
+    for oid, nbytes in zip(mine, (1000, MIB, 16 * MIB), strict=False):
+        assert np.array_equal(store.get(oid, timeout=40), _data(0, nbytes))
+    store.barrier(timeout=40)
+
+
+def test_an_owner_that_does_not_answer_in_time() -> None:
+    env = ENV | {"HOPLITE_DEFAULT_TIMEOUT": "3"}
+    result = run_ranks(2, _owner_stops, env=env, timeout=60)
+    assert [result[rank].exitcode for rank in range(2)] == [0, 0], "\n".join(one.output for one in result.values())
