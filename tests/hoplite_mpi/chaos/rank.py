@@ -299,6 +299,11 @@ class Rank:
                     self.store.get(oid)
                 except hm.ObjectDeletedError:
                     break
+                except hm.ObjectLostError:  # who has deleted it took part in the last call, and has died since
+                    assert not self.store.runtime.view.has(*min(following)), (
+                        f"{oid} was deleted, and is said to be lost"
+                    )
+                    break
                 assert time.monotonic() < end, f"{oid} of {process} in {call} was deleted and is still there"
                 time.sleep(0.01)
 
