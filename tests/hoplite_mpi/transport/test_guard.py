@@ -106,6 +106,7 @@ def test_a_library_that_is_missing_or_broken_is_said_and_not_raised(
 
 
 def test_ucx_is_kept_off_shared_memory_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)  # another test may have begun MPI in this process
     monkeypatch.delenv("UCX_TLS", raising=False)
     guard.prepare_environment()
     assert os.environ["UCX_TLS"] == guard._transports()
