@@ -6,6 +6,7 @@ is durable: a spill directory ends with its run.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import gc
 import itertools
@@ -254,6 +255,13 @@ class Spill:
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
+        if os.path.exists(self._arena.directory):  # another process's, or this one's, since there are views
+            atexit.register(self._end)
+        else:
+            _remove_if_unused(Path(self.directory))
+
+    def _end(self) -> None:
+        self._arena.release()
         if not os.path.exists(self._arena.directory):
             _remove_if_unused(Path(self.directory))
 

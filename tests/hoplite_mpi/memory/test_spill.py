@@ -229,6 +229,20 @@ def test_what_a_killed_run_left_is_swept(run: str, child: Callable[..., Any], tm
     assert list(tmp_path.iterdir()) == [foreign], "another host's is not ours to judge"
 
 
+def test_the_directory_goes_with_the_last_process_although_it_has_views(
+    run: str, child: Callable[..., Any], tmp_path: Path
+) -> None:
+    one = child(
+        "arena, mate = Arena(run, 0, 0), Arena(run, 1, 0); spill = Spill(arena, spill_directory(arena.directory, sys.argv[2])); "
+        "put(arena, A, np.arange(1 << 17)); view = arena.map(A); put(arena, B, np.arange(1 << 17)); spill.make_room(1); "
+        "arena.close(); spill.close(); mate.close(); say(len(os.listdir(sys.argv[2])))",
+        str(tmp_path),
+    )
+    assert one.hear() == 1
+    assert one.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_to() -> None:
     assert spill_directory("/dev/shm/hoplite-0-x", None) is None
     assert spill_directory("/dev/shm/hoplite-0-x", "/scratch") is not None
