@@ -101,6 +101,11 @@ def init(comm: Any = None, *, memory_limit: int | None = None, config: Config | 
     from hoplite_mpi.transport.bootstrap import find_place
     from hoplite_mpi.transport.modes import find_mode
 
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE and ending.any_open():
+        # opening one is collective, and the other's engine would call MPI at the same time
+        raise HopliteError(
+            "a process has one store at a time where MPI is not MPI_THREAD_MULTIPLE: close the other first"
+        )
     if MPI.COMM_WORLD.Get_size() == 1:
         unlink_own_segments()
     settings = Config.from_environment(config)

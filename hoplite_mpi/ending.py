@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["close_stores", "forget", "prepare", "skip_finalize", "watch"]
+__all__ = ["any_open", "close_stores", "forget", "prepare", "skip_finalize", "watch"]
 
 log = logging.getLogger("hoplite_mpi")
 
@@ -49,6 +49,11 @@ def watch(store: Any, is_clean: Callable[[], bool]) -> None:
     if _helper is None:
         _helper = threading.Thread(target=_finalize, name="hoplite-finalize", daemon=True)
         _helper.start()
+
+
+def any_open() -> bool:
+    """Whether a store of this process is open."""
+    return bool(_open)
 
 
 def forget(store: Any) -> None:

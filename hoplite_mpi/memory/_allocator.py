@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import StoreFullError
+from ..testing import fault
 from ._keeper import Keeper, Key, Role, key_of
 from ._mapping import HEADER, RETIRED, SEALED, Mapping
 from ._pool import exclusive, temporary_prefix
@@ -156,8 +158,11 @@ class Allocator(Keeper):
                 return None
             return mapping.header.copy()
 
-    def vacate(self, key: Key) -> bool:
-        """Take a sealed object out of memory unless somebody on the node has a view of it; return whether that was done."""
+    def vacate(self, key: Key, publish: Callable[[], None]) -> bool:
+        """Take a sealed object out of memory unless somebody on the node has a view of it; return whether that was done.
+
+        publish: gives the copy elsewhere its name, while the object can neither be deleted nor come into use.
+        """
         path, temporary = self._path(key), self._temporary()
         with self._locked():
             mapping = self._by_key.get(key)
@@ -167,15 +172,24 @@ class Allocator(Keeper):
                 with exclusive(path) as fd:
                     if fd is None or os.fstat(fd).st_ino != mapping.inode or not self._is_idle(mapping):
                         return False
-                    mapping.header.state = RETIRED
+                    publish()
+                    fault.point("spill.renamed")
                     os.rename(path, temporary)
             except FileNotFoundError:
                 return False
+            fault.point("spill.unnamed")
             self._unbind(mapping)
             self._mappings[mapping.inode] = mapping
             mapping.path = temporary
             self._retire(mapping)
             return True
+
+    def if_sealed(self, key: Key, work: Callable[[], object]) -> None:
+        """Call *work* if the object is in memory, while it can't be taken out of it; not if somebody is just doing that."""
+        path = self._path(key)
+        with suppress(FileNotFoundError), exclusive(path) as fd:
+            if fd is not None and os.path.exists(path) and os.stat(path).st_ino == os.fstat(fd).st_ino:
+                work()
 
     def _temporary(self) -> str:
         return os.path.join(self.directory, f"{self._prefix}{next(self._counter)}")

@@ -80,8 +80,10 @@ class HostMemory:
                 yield one
 
     def delete(self, oid: ObjectID, version: int = 0) -> bool:
-        on_disk = self.spill is not None and self.spill.remove((oid, version))
-        return self.arena.delete(oid, version) or on_disk
+        in_memory = self.arena.delete(
+            oid, version
+        )  # first: what is being spilled meanwhile is on disk after that, or nowhere
+        return (self.spill is not None and self.spill.remove((oid, version))) or in_memory
 
     def copy(self, target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> Event:
         np.copyto(target, source, casting="no")

@@ -148,22 +148,25 @@ class Spill:
         pinned = self._arena.map(*key)
         if pinned is None:
             return False
-        size = pinned.meta.nbytes
-        if not os.path.exists(self._path(key)):
-            page = self._arena.header(key)
-            if page is None:
-                return False
+        size, page = pinned.meta.nbytes, self._arena.header(key)
+        if page is None:
+            return False
+        try:
+            written = self._write(page, pinned.buffer)
+            del pinned
+            fault.point("spill.written")
             try:
-                self._write(key, page, pinned.buffer)
-            except OSError as error:
-                raise StoreFullError(
-                    f"no room in memory, and {key[0]} ({size} bytes) could not be written to {self.directory}: {error.strerror}: "
-                    "delete objects, or set Config.spill_directory to a larger disk"
-                ) from error
-        del pinned
-        fault.point("spill.renamed")
-        if not self._arena.vacate(key):
-            return False  # somebody has begun to use it; what was written stays for the next time
+                # a file that is there already is of an earlier life of this object: it is replaced
+                if not self._arena.vacate(key, lambda: os.rename(written, self._path(key))):
+                    return False  # it was deleted, or somebody has begun to use it
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(written)
+        except OSError as error:
+            raise StoreFullError(
+                f"no room in memory, and {key[0]} ({size} bytes) could not be written to {self.directory}: {error.strerror}: "
+                "delete objects, or set Config.spill_directory to a larger disk"
+            ) from error
         fault.point("spill.vacated")
         self._counts[0] += 1
         self._counts[1] += size
@@ -171,7 +174,8 @@ class Spill:
         self.on_moved(key, True)
         return True
 
-    def _write(self, key: Key, page: bytes, data: memoryview) -> None:
+    def _write(self, page: bytes, data: memoryview) -> str:
+        """Write a copy under a temporary name; return its path."""
         self._open(create=True)
         path = os.path.join(self.directory, f"tmp.{os.getpid()}.{next(self._numbers)}")
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -184,12 +188,11 @@ class Spill:
                     crc = zlib.crc32(piece, crc)
                     _write_all(file.fileno(), piece)
                 _write_all(file.fileno(), memoryview(_CRC.pack(crc)))
-            fault.point("spill.written")
-            os.rename(path, self._path(key))
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             raise
+        return path
 
     # -- reading back
 
@@ -223,6 +226,8 @@ class Spill:
                 raise
         pinned = self._arena.map(oid, version)  # another process's, if it was quicker
         if pinned is not None:
+            # what is in memory is not on disk as well: another object may have the id one day
+            self._arena.if_sealed(key, lambda: self.remove(key))
             self._counts[2] += 1
             self._counts[3] += info.meta.nbytes
             self.on_moved(key, False)

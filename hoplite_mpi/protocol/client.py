@@ -142,6 +142,11 @@ class Client:
             elif copy.confirmed:
                 self._port.emit(ev.Stored(oid))
             return
+        if copy is not None and copy.producing and not copy.same(event.digest):
+            self._port.emit(
+                ev.Fail(oid, "exists", f"other bytes are being put as {oid!r}; objects are immutable: use a new id")
+            )
+            return
         if copy is not None and copy.sender is not None:
             self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
         started = copy is not None and copy.producing and copy.same(event.digest)

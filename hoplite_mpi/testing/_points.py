@@ -33,6 +33,9 @@ POINTS: Mapping[str, Point] = MappingProxyType(
         "put.copied": Point(_PUTTER, "all is copied and accepted, and nobody on the node can map it yet"),
         "spill.written": Point(_HOLDER, "an object is on the disk under another name, to make room"),
         "spill.renamed": Point(_HOLDER, "an object is both on the disk and in memory"),
+        "spill.unnamed": Point(
+            _HOLDER, "an object is on the disk, and its file in memory has lost its name and is still there"
+        ),
         "spill.vacated": Point(_HOLDER, "an object is on the disk alone, and nobody knows"),
         "evict.asked": Point(_HOLDER, "about to ask whether its copy can go"),
         "evict.granted": Point(_OWNER, "about to say that the copies of a node can go"),

@@ -195,29 +195,37 @@ def test_of_those_who_put_other_bytes_at_once_one_wins(shared: bool) -> None:
     assert sorted(i for one in won for i in one) == list(range(5)), won
 
 
-def _threads() -> Any:
-    """Threads of one rank put the same id, the same bytes or others."""
+def _threads(sizes: tuple[int, ...], same: bool) -> Any:
+    """Threads of one rank put one id, the same bytes or others: each is told what became of its own."""
     store = _open()
-    for same in (True, False):
-        oid, errors = _name(f"same {same}"), []
+    if store.rank == 0:
+        for n in range(6):
+            oid = next(o for i in range(100) if store.runtime.view.owner(bytes(o := _name(f"{n}/{i}"))) == n % 2)
+            won: list[int] = []
 
-        def put(i: int, oid: Any = oid, same: bool = same, errors: list[Any] = errors) -> None:
-            try:
-                store.put(_data(0 if same else i, 4 * MIB), oid)
-            except hm.ObjectExistsError as error:
-                errors.append(error)
+            def put(i: int, oid: Any = oid, won: list[int] = won) -> None:
+                try:
+                    store.put(_data(0 if same else i, sizes[i % len(sizes)]), oid)
+                except hm.ObjectExistsError:
+                    return
+                won.append(i)
 
-        threads = [threading.Thread(target=put, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(errors) == (0 if same else 3)
-        assert any(np.array_equal(store.get(oid), _data(i, 4 * MIB)) for i in range(4))
+            threads = [threading.Thread(target=put, args=(i,)) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(won) == (4 if same else 1), won
+            assert np.array_equal(store.get(oid), _data(0 if same else won[0], sizes[won[0] % len(sizes)]))
+    store.barrier()
 
 
-def test_threads_that_put_one_id() -> None:
-    _run(1, _threads)
+@pytest.mark.parametrize(
+    ("sizes", "same"),
+    [((4 * MIB,), True), ((4 * MIB,), False), ((1000,), False), ((100_000,), False), ((5 * MIB, 1000, 100_000), False)],
+)
+def test_threads_that_put_one_id(sizes: tuple[int, ...], same: bool) -> None:
+    _run(2, _threads, sizes, same)
 
 
 def _owner_stops() -> Any:

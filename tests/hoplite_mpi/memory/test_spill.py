@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,17 +68,76 @@ def test_the_longest_unused_goes_and_comes_back(memory: HostMemory) -> None:
     assert memory.spill.statistics().restored == 2
 
 
-def test_what_is_written_once_is_not_written_again(memory: HostMemory) -> None:
+def files(memory: HostMemory) -> list[str]:
+    assert memory.spill is not None
+    return sorted(name for name in os.listdir(memory.spill.directory) if name != "lock")
+
+
+def test_what_is_in_memory_is_not_on_disk_as_well(memory: HostMemory) -> None:
     assert memory.spill is not None
     for number in range(3):
         put(memory, number)
-    (file,) = [path for path in Path(memory.spill.directory).iterdir() if path.name != "lock"]
-    before = file.stat().st_mtime_ns
+    assert files(memory) == [OIDS[0].hex()]
     assert (get(memory, 0) == numbers(SIZE // 8, 0)).all()  # 1 goes
+    assert files(memory) == [OIDS[1].hex()]
     assert (get(memory, 1) == numbers(SIZE // 8, 1)).all()  # 2 goes
-    assert (get(memory, 2) == numbers(SIZE // 8, 2)).all()  # 0 goes again
-    assert file.stat().st_mtime_ns == before
-    assert memory.spill.statistics().spilled == 4
+    assert files(memory) == [OIDS[2].hex()]
+    assert memory.spill.statistics().spilled == 3
+
+
+@pytest.mark.parametrize("at", ["spill.written", "spill.renamed"])
+def test_what_is_deleted_while_it_is_written_is_deleted(
+    memory: HostMemory, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is put under its id after that is never taken for it."""
+    put(memory, 0)
+    put(memory, 1)
+    threads = []
+
+    def point(name: str) -> None:
+        if name == at and not threads:
+            threads.append(threading.Thread(target=memory.delete, args=(OIDS[0],)))
+            threads[0].start()
+            threads[0].join(0.5)  # it may have to wait for the one who spills
+
+    monkeypatch.setattr("hoplite_mpi.testing._fault.point", point)
+    put(memory, 2)  # 0 goes, to disk or altogether
+    threads[0].join(20)
+    monkeypatch.undo()
+    assert memory.fetch(OIDS[0]) is None
+    assert files(memory) in ([], [OIDS[1].hex()])
+    other = np.full(SIZE // 8, 7)
+    region = memory.with_room(SIZE, lambda: memory.allocate(OIDS[0], Meta.of_array(other)))
+    region.array()[...] = other
+    assert region.seal()
+    del region
+    for number in (3, 4):
+        put(memory, number)
+    assert memory.map(OIDS[0]) is None
+    assert (get(memory, 0) == other).all()
+
+
+@pytest.mark.parametrize("point", ["spill.written", "spill.renamed", "spill.unnamed", "spill.vacated"])
+def test_a_mate_has_it_after_a_kill_while_it_is_spilled(
+    run: str, child: Callable[..., Any], tmp_path: Path, point: str
+) -> None:
+    with Arena(run, 1, 0) as arena:
+        memory = memory_of(arena, tmp_path)
+        put(memory, 0)
+        one = child(
+            "from hoplite_mpi.testing import fault; fault.enable(sys.argv[3] + '=kill'); arena = Arena(run, 0, 0); "
+            "spill = Spill(arena, spill_directory(arena.directory, sys.argv[2])); spill.make_room(1 << 60)",
+            str(tmp_path),
+            point,
+        )
+        assert one.wait() == -signal.SIGKILL
+        assert (get(memory, 0) == numbers(SIZE // 8)).all()
+        assert memory.delete(OIDS[0])
+        assert memory.fetch(OIDS[0]) is None
+        put(memory, 0)
+        assert (get(memory, 0) == numbers(SIZE // 8)).all()
+    assert memory.spill is not None
+    memory.spill.close()
 
 
 def test_what_is_in_use_stays(memory: HostMemory) -> None:
