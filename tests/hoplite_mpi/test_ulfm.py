@@ -277,3 +277,20 @@ def test_the_mode_is_found_and_what_to_type_is_said(mpiexec: tuple[str, ...], mo
     _check(outcome, [0, 1])
     assert mode in outcome.output
     assert ("mpiexec --with-ft ulfm" in outcome.output) == (mpiexec[0] != "--with-ft")
+
+
+def _two_stores() -> Any:
+    import hoplite_mpi as hm
+
+    with hm.init() as store:
+        with pytest.raises(hm.HopliteError, match="one store at a time"):
+            hm.init()
+        store.barrier()
+    with hm.init() as store:
+        store.barrier()
+        return store.ranks
+
+
+def test_a_process_has_one_store_at_a_time() -> None:
+    outcome = run_together(2, _two_stores, env=ENV)
+    assert _check(outcome, [0, 1]) == [[0, 1], [0, 1]]
