@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from hoplite_mpi.errors import HopliteError
@@ -28,6 +29,8 @@ class RoomMaker:
     def __init__(self, runtime: Runtime, spill: Spill) -> None:
         self._runtime = runtime
         self._questions: dict[tuple[ObjectID, int], _Question] = {}
+        #: not before then is anything asked: the last question was lost, and who needs room has waited long enough
+        self._ask_again = 0.0
         spill.give_up = self._give_up
         spill.on_moved = self._moved
         #: copies that were dropped, since another node has one
@@ -53,11 +56,13 @@ class RoomMaker:
             if self._questions.get(key) is question:
                 del self._questions[key]
 
-        if runtime.closed is not None:
+        if runtime.closed is not None or time.monotonic() < self._ask_again:
             return False
         try:
             runtime.engine.run(ask)
-            question.answered.wait(runtime.config.evict_patience)  # a change of view loses the question
+            # a change of view loses the question, and an owner that is stopped does not answer
+            if not question.answered.wait(runtime.config.evict_patience):
+                self._ask_again = time.monotonic() + runtime.config.stall_timeout
             runtime.engine.run(forget)
         except HopliteError:  # closed meanwhile
             return False

@@ -147,6 +147,11 @@ class Objects:
         copy = self._copies.get(oid)
         return copy is not None and not copy.empty
 
+    def holds(self, oid: ObjectID, version: int) -> bool:
+        """Whether a complete copy of that version is here."""
+        copy = self._copies.get(oid)
+        return copy is not None and copy.version == version and copy.complete
+
     def fetch(self, oid: ObjectID, then: Callable[[Stream | HopliteError | None], None]) -> None:
         """Call *then* with the stream of the copy that is here, now or when it has been read back from disk; None: there is none."""
         copy = self._copies.get(oid)
@@ -209,6 +214,8 @@ class Objects:
                 copy.held = stream
                 self._engine.after(2 * self._engine.config.stall_timeout, copy.let_go)
                 self._transfers.appeared.fire()
+        elif isinstance(found, HopliteError):
+            log.warning("%s stays on disk: %s", copy.oid, found)  # a peer that pulls it will ask elsewhere, or again
         elif found is None:
             log.error("%s is neither in memory nor on disk any more", copy.oid)
             self._lost(copy)

@@ -17,7 +17,7 @@ from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.making_room import RoomMaker
-from hoplite_mpi.memory import Arena, HostMemory, Memory, Spill, reduce_bytes, spill_directory
+from hoplite_mpi.memory import Arena, HostMemory, Memory, ObjectInfo, Spill, reduce_bytes, spill_directory
 from hoplite_mpi.objects import Objects, Ready, object_of
 from hoplite_mpi.observing import Observer
 from hoplite_mpi.protocol import events as ev
@@ -294,6 +294,7 @@ class Runtime:
             case ev.Retired():
                 self.objects.retire(what.oid)
                 self.slots.retire(what.oid)
+                self.on_answer(what)
             case ev.StartSlot():
                 self.slots.start(what)
             case ev.PullChild():
@@ -551,20 +552,37 @@ class Runtime:
             self.side.connect(peer, address)
 
     def _adopt(self, view: View) -> None:
-        """Go on serving what members of this node that are gone left in the arena; the lowest rank of the node does."""
-        mates = [m.rank for m in view.members.values() if m.node == self.place.node]
-        if self.place.rank != min(mates):
-            return
+        """Go on serving what members of this node that are gone left there; the lowest rank of the node does, unless another has a copy."""
+        lowest = self.place.rank == min(m.rank for m in view.members.values() if m.node == self.place.node)
         for found in self.memory.objects():
-            if view.has(found.rank, found.incarnation) or self.objects.has(found.oid):
+            if view.has(found.rank, found.incarnation):
                 continue
-            if found.version:
-                continue  # whether a reduced object is final is not known from its bytes
-            if found.provisional:  # its put has not returned, and other bytes may have won its id
-                self.memory.delete(found.oid)
-                continue
+            if self.objects.holds(found.oid, found.version):
+                self.arena.adopt(found.oid, found.version)
+            elif lowest:
+                self._adopt_orphan(found)
+
+    def _adopt_orphan(self, found: ObjectInfo) -> None:
+        if found.version:
+            # Whether a reduced object is final is not known from its bytes: it stays if another rank of the node has a copy. By then that
+            # one will have installed this view, and taken it over, or be out.
+            self.engine.after(self.config.evict_timeout, lambda: self._remove_orphan(found.oid, found.version))
+        elif self.objects.has(found.oid):
+            return  # it is being received here
+        elif found.provisional:  # its put has not returned, and other bytes may have won its id
+            self.memory.delete(found.oid)
+        else:
+            self.arena.adopt(found.oid)
             self.objects.stored(found.oid, found.meta)
             self.handle(ev.AdoptObject(found.oid, found.meta, found.digest))
+
+    def _remove_orphan(self, oid: ObjectID, version: int) -> None:
+        """Free a reduced object that nobody on this node has taken over."""
+        if self.closed is not None or self.view is None or self.objects.holds(oid, version):
+            return
+        for found in self.memory.objects():
+            if (found.oid, found.version) == (oid, version) and not self.view.has(found.rank, found.incarnation):
+                self.memory.delete(oid, version)
 
     def ready(self, oid: ObjectID) -> Ready | None:
         """Return the object if it can be had here at once. Any thread."""

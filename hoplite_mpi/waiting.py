@@ -89,6 +89,14 @@ class Waiting:
                     self.give(what.oid, [future])
             case ev.Available():
                 self.resolve(self.watchers.pop(what.oid, ()), what.sources)
+            case ev.Retired():
+                waiting = (
+                    self.putters.pop(what.oid, []) + self.getters.pop(what.oid, []) + self.watchers.pop(what.oid, [])
+                )
+                if waiting:
+                    self._fail(
+                        waiting, ObjectDeletedError(f"{what.oid} was retired: nobody was to ask for it any more")
+                    )
             case ev.Locations():
                 if what.request_id in self.queries:
                     self.resolve([self.queries[what.request_id]], what.oids)

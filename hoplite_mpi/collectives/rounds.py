@@ -59,6 +59,8 @@ class Round:
     urgent: bool = False
     #: it raised here: others may have gone on to objects of which this rank has not heard, and which go on until all have given up
     failed: bool = False
+    #: this rank needs nothing of it any more; what a call waits for after it has returned may end later than the next call
+    finished: bool = False
 
 
 class Rounds:
@@ -72,7 +74,7 @@ class Rounds:
         self._waiters: set[Waiter] = set()
         #: key → number of the last call begun here
         self._begun: Table = {}
-        #: key → number of the last call finished here, and what of this the janitor was told
+        #: key → number of the last call that is finished here with all before it
         self._finished: Table = {}
         #: calls finished here since the janitor was told, and their keys
         self._unreported = 0
@@ -151,7 +153,9 @@ class Rounds:
         """This rank needs nothing of that call any more."""
         key = call.key
         with self._lock:
-            self._finished[key] = max(call.number, self._finished.get(key, 0))
+            call.finished = True
+            open_calls = (one.number for one in self._kept.get(key, ()) if not one.finished)
+            self._finished[key] = next(open_calls, self._begun[key] + 1) - 1
             self._changed_keys.add(key)
             self._unreported += 1
             urgent = call.urgent or call.failed or call.number <= self._urgent.get(key, 0)

@@ -98,7 +98,7 @@ class Client:
             case ev.ObjectSpilled(oid, version, spilled):
                 if self._has(oid, version):
                     self._copies[oid].spilled = spilled
-                    self._to_owner(oid, ms.Spilled(self._port.number, oid, version, spilled))
+                self._to_owner(oid, ms.Spilled(self._port.number, oid, version, spilled))
             case ev.GetRequested(oid):
                 self._get(oid)
             case ev.GetAbandoned(oid):
@@ -149,10 +149,11 @@ class Client:
             return
         if copy is not None and copy.sender is not None:
             self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
-        started = copy is not None and copy.producing and copy.same(event.digest)
-        confirmed = not event.confirm or (started and copy is not None and copy.confirmed)
+        started = copy if copy is not None and copy.producing else None
+        confirmed = not event.confirm or (started is not None and started.confirmed)
+        attempt = self._next_attempt() if started is None else started.attempt
         self._copies[oid] = Copy(
-            0, event.meta, event.digest, True, True, event.inline, origin=True, confirmed=confirmed
+            0, event.meta, event.digest, True, True, event.inline, origin=True, confirmed=confirmed, attempt=attempt
         )
         self._announce(oid)
         if confirmed:
@@ -163,8 +164,9 @@ class Client:
         oid, copy = event.oid, self._copies.get(event.oid)
         if copy is not None and copy.sender is not None:
             self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
+        confirmed, attempt = not event.confirm, self._next_attempt()
         self._copies[oid] = Copy(
-            0, event.meta, event.digest, False, True, origin=True, confirmed=not event.confirm, producing=True
+            0, event.meta, event.digest, False, True, origin=True, confirmed=confirmed, producing=True, attempt=attempt
         )
         self._announce(oid)
         if not event.confirm:
@@ -311,15 +313,15 @@ class Client:
                     copy.final, copy.sources = True, sources
                     if copy.complete:
                         self._finish(oid)
-            case ms.Accepted(_, oid):
+            case ms.Accepted(_, oid, attempt):
                 copy = self._copies.get(oid)
-                if copy is not None and copy.origin and not copy.confirmed:
+                if copy is not None and copy.origin and not copy.confirmed and copy.attempt == attempt:
                     copy.confirmed = True
                     self._port.emit(ev.Stored(oid))
                     if copy.complete:
                         self._finish(oid)
-            case ms.Refused(_, oid, text):
-                self._refused(oid, text)
+            case ms.Refused(_, oid, text, attempt):
+                self._refused(oid, text, attempt)
             case ms.Retired(_, oids):
                 for oid in oids:
                     self._forget_all(oid)
@@ -382,8 +384,10 @@ class Client:
         )
         self._finish(oid)
 
-    def _refused(self, oid: ObjectID, text: str) -> None:
+    def _refused(self, oid: ObjectID, text: str, attempt: int | None) -> None:
         copy = self._copies.get(oid)
+        if attempt is not None and (copy is None or not copy.origin or copy.attempt != attempt):
+            return  # an earlier put's, which was given up
         if copy is not None and copy.origin:
             self._discard(oid)
             self._port.emit(ev.Fail(oid, "exists", text))
@@ -420,8 +424,7 @@ class Client:
                 port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
                 copy.sender = None
                 if oid in self._wanted:
-                    self._last_attempt += 1
-                    self._attempts[oid] = self._last_attempt
+                    self._attempts[oid] = self._next_attempt()
                 else:
                     self._discard(oid)
                     self._attempts.pop(oid, None)
@@ -453,9 +456,12 @@ class Client:
         if len(self._port.view):  # before the first view the report says it all
             self._port.send(self._port.owner(oid), message)
 
-    def _request(self, oid: ObjectID, suspect: int | None = None) -> None:
+    def _next_attempt(self) -> int:
         self._last_attempt += 1
-        self._attempts[oid] = self._last_attempt
+        return self._last_attempt
+
+    def _request(self, oid: ObjectID, suspect: int | None = None) -> None:
+        self._attempts[oid] = self._next_attempt()
         self._to_owner(oid, ms.Get(self._port.number, oid, self._last_attempt, suspect, self._last(oid)))
 
     def _last(self, oid: ObjectID) -> bool:
@@ -486,6 +492,7 @@ class Client:
             c.origin,
             not c.confirmed,
             c.producing,
+            c.attempt,
         )
         self._to_owner(oid, message)
 

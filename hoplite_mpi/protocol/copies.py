@@ -36,7 +36,7 @@ class Copy:
     spilled: bool = False
     #: (rank, incarnation) it is being received from; always a member of the view
     sender: tuple[int, int] | None = None
-    #: of the transfer under way or the last one
+    #: of the transfer under way or the last one, or of the put
     attempt: int = 0
 
     @property

@@ -154,9 +154,11 @@ class Directory:
             case ms.Evict(_, oid, version):
                 self._evict(src, oid, version)
             case ms.Spilled(_, oid, version, spilled):
-                entry = self.entry(oid)
-                if entry.version == version and src in entry.places:
-                    entry.places[src].spilled = spilled
+                if oid in self._entries and self._entries[oid].version == version:
+                    members = self._port.view.members
+                    for rank, place in self._entries[oid].places.items():
+                        if members[rank].node == members[src].node:
+                            place.spilled = spilled
             case ms.Watch(_, oid, last):
                 entry = self.entry(oid)
                 entry.watchers.add(src)
@@ -204,13 +206,22 @@ class Directory:
             self._port.send(src, ms.Deleted(number, oid))
             return
         if message.version == 0 and (oid in self._specs or entry.error is not None):
-            self._port.send(src, ms.Refused(number, oid, f"{oid!r} is the result of a reduce; put under another id"))
+            self._port.send(
+                src,
+                ms.Refused(number, oid, f"{oid!r} is the result of a reduce; put under another id", message.attempt),
+            )
             return
         if (entry.bound or (entry.final and message.version > 0)) and not (
             entry.version == message.version and (entry.meta is None or entry.same(message.meta, message.digest))
         ):
             self._port.send(
-                src, ms.Refused(number, oid, f"other bytes were put as {oid!r}; objects are immutable: use a new id")
+                src,
+                ms.Refused(
+                    number,
+                    oid,
+                    f"other bytes were put as {oid!r}; objects are immutable: use a new id",
+                    message.attempt,
+                ),
             )
             return
         if not (entry.final and entry.version == message.version and entry.same(message.meta, message.digest)):
@@ -225,7 +236,7 @@ class Directory:
         if message.inline is not None:
             self._hold_inline(entry, message.inline)
         if message.confirm:
-            self._port.send(src, ms.Accepted(number, oid))
+            self._port.send(src, ms.Accepted(number, oid, message.attempt))
         self._answers.settle(entry)
 
     def _hold_inline(self, entry: Entry, data: bytes) -> None:

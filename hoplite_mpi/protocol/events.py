@@ -178,7 +178,7 @@ class EvictRequested:
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpilled:
-    """This rank's complete copy has gone to disk, or come back into memory: others prefer copies that are in memory."""
+    """This node's complete copy has gone to disk, or come back into memory: others prefer copies that are in memory."""
 
     oid: ObjectID
     version: int

@@ -101,6 +101,8 @@ class Announce(Message):
     origin: bool
     confirm: bool
     partial: bool = False
+    #: number of the put at its rank: an answer to an earlier one, which was given up, may still be under way
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class Evict(Message):
 
 @dataclass(frozen=True, slots=True)
 class Spilled(Message):
-    """The sender's complete copy has gone to disk, or come back into memory."""
+    """The complete copy of the sender's node, which all of its ranks share, has gone to disk, or come back into memory."""
 
     oid: ObjectID
     version: int
@@ -251,17 +253,19 @@ class Final(Message):
 
 @dataclass(frozen=True, slots=True)
 class Accepted(Message):
-    """The put counts."""
+    """The put counts. attempt: of its `Announce`; of another one this says nothing."""
 
     oid: ObjectID
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class Refused(Message):
-    """The put (or reduce request) does not count: the id has other bytes already."""
+    """The put does not count: the id has other bytes already. attempt: as in `Accepted`; None: so it is with a reduce request."""
 
     oid: ObjectID
     text: str
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

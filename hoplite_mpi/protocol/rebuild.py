@@ -17,8 +17,9 @@ class Shard:
 
     entries: dict[ObjectID, Entry] = field(default_factory=dict)
     deleted: list[tuple[int, ObjectID]] = field(default_factory=list)
-    accepted: list[tuple[int, ObjectID]] = field(default_factory=list)
-    refused: list[tuple[int, ObjectID]] = field(default_factory=list)
+    #: (rank, id, attempt) of puts
+    accepted: list[tuple[int, ObjectID, int]] = field(default_factory=list)
+    refused: list[tuple[int, ObjectID, int]] = field(default_factory=list)
     #: holders of a version that don't know yet that it is final
     final: list[tuple[int, ObjectID, int, frozenset[ObjectID]]] = field(default_factory=list)
 
@@ -27,8 +28,8 @@ class Shard:
         text = "other bytes were put under this id; objects are immutable: use a new id"
         found: list[tuple[int, ms.Message]] = []
         found += [(rank, ms.Deleted(number, oid)) for rank, oid in self.deleted]
-        found += [(rank, ms.Accepted(number, oid)) for rank, oid in self.accepted]
-        found += [(rank, ms.Refused(number, oid, f"{oid!r}: {text}")) for rank, oid in self.refused]
+        found += [(rank, ms.Accepted(number, oid, attempt)) for rank, oid, attempt in self.accepted]
+        found += [(rank, ms.Refused(number, oid, f"{oid!r}: {text}", attempt)) for rank, oid, attempt in self.refused]
         found += [(rank, ms.Final(number, oid, version, sources)) for rank, oid, version, sources in self.final]
         return found
 
@@ -83,12 +84,12 @@ def _object(
     for rank, record in of_version:
         if not entry.same(record.meta, record.digest):
             if (record.complete or record.producing) and record.origin:
-                shard.refused.append((rank, oid))
+                shard.refused.append((rank, oid, record.attempt))
             continue
         entry.places[rank] = place_of(record)
         entry.is_inline = entry.is_inline or (record.complete and record.inline)
         if (record.complete or record.producing) and not record.confirmed:
-            shard.accepted.append((rank, oid))
+            shard.accepted.append((rank, oid, record.attempt))
         if not record.final and entry.sources is not None:
             shard.final.append((rank, oid, version, entry.sources))
 

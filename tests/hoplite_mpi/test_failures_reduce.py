@@ -203,3 +203,54 @@ def _lost() -> Any:
 def test_a_get_of_what_is_lost_says_so() -> None:
     result = run_ranks(3, _lost, env=ENV, timeout=60)
     assert [result[rank].exitcode for rank in (0, 1, 2)] == [0, KILLED, 0], result[0].output
+
+
+def _root_leaves_its_result(fetched: bool) -> Any:
+    """Ranks 0 and 1 share a node; rank 0, the root, dies after the end. What rank 1 has got stays, and what nobody has got goes."""
+    import time
+
+    import numpy as np
+
+    import hoplite_mpi as hm
+
+    rank = int(os.environ["HOPLITE_RANK"])
+    os.environ["HOPLITE_NODE"] = "shared" if rank < 2 else "other"
+    store, size = hm.init(), 100_000
+    sources = [hm.ObjectID.from_name(f"source {r}") for r in range(3)]
+    rid = hm.ObjectID.from_name("sum")
+    store.put(np.full(size, 10.0**rank), sources[rank])
+    store.barrier()
+    if rank == 0:
+        store.reduce(sources, object_id=rid, shape="chain")
+        assert (store.get(rid) == 111.0).all()
+    store.barrier()
+    if rank == 1 and fetched:
+        store.get(rid)
+    store.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while 0 in store.ranks:
+        time.sleep(0.005)
+    if rank == 1:
+        arena, end = store.runtime.arena, time.monotonic() + 30
+        store.runtime.engine.run(lambda: None)  # the view is known before all that it brings with it is done
+        left = [found for found in arena.objects() if found.version]
+        if fetched:
+            assert [found.oid for found in left] == [rid]
+            assert (left[0].rank, left[0].incarnation) == (1, 0), "it is rank 1's from now on"
+            time.sleep(5)
+            assert (store.get(rid) == 111.0).all()
+            store.delete(rid)
+        # the others may have reduced again what rank 0 had asked for: into another version
+        while any((found.oid, found.version) == (left[0].oid, left[0].version) for found in arena.objects()):
+            assert time.monotonic() < end, "it is still there"
+            time.sleep(0.05)
+    store.barrier()
+    return True
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_what_a_dead_root_leaves_is_taken_over_or_freed(fetched: bool) -> None:
+    deadlines = {"HOPLITE_KEEPALIVE_TIMEOUT": "2", "HOPLITE_JOIN_TIMEOUT": "3", "HOPLITE_EVICT_TIMEOUT": "4"}
+    result = run_ranks(3, _root_leaves_its_result, (fetched,), env=ENV | deadlines, timeout=60)
+    assert [result[rank].exitcode for rank in range(3)] == [-signal.SIGKILL, 0, 0], [r.output for r in result.values()]

@@ -8,6 +8,7 @@ import pytest
 
 from hoplite_mpi.collectives.rounds import Rounds
 from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.transport.primitives import Waiter
 
 
 class _Store:
@@ -39,3 +40,22 @@ def test_a_message_before_the_first_view(kind: int) -> None:
     store.changed(View(4, {0: elder, 1: newcomer}), ())
     store.receive((0, 0), msgpack.packb((0, {"key": 3})))  # the elder's numbers
     assert (0, [1, {"key": 3}]) in store.sent, "it did not say what it begins with"
+
+
+def test_a_call_counts_as_finished_only_with_all_before_it() -> None:
+    """What a call waits for after it has returned may end later than the next call: until then nobody may forget its objects."""
+    store = _Store()
+    rounds = Rounds(store)  # type: ignore[arg-type]
+    store.changed(View(1, {rank: Member(rank, 1, "node", ("127.0.0.1", 1), 1) for rank in (0, 1)}), ())
+    store.runtime.check = lambda: None
+    store.runtime.engine = SimpleNamespace(waiter=lambda: Waiter(), wait=lambda done, block, seconds: done())
+    first, second = rounds.begin("key", 1.0), rounds.begin("key", 1.0)
+    first.urgent = second.urgent = True
+
+    def told() -> list[int]:
+        return [table.get("key", 0) for _, (kind, table) in store.sent if kind == 2]
+
+    rounds.finish(second)
+    assert told() == [0]
+    rounds.finish(first)
+    assert told() == [0, 2]
