@@ -10,53 +10,22 @@ from hoplite_mpi.protocol.copies import Copy, reports
 from hoplite_mpi.protocol.cost import shape_error
 from hoplite_mpi.protocol.participant import Participant
 from hoplite_mpi.protocol.port import Port
+from hoplite_mpi.protocol.puts import Puts
 from hoplite_mpi.protocol.queries import Queries
 
 __all__ = ["Client"]
 
 
-class Client:
-    """The member side. An *attempt* is one `Get`: its number is this rank's own and only rises.
-
-    The owner ends an attempt only when this rank has said that it is over (a newer `Get`, `Cancel`, `Completed`,
-    `Announce`), and this rank takes a `Location` only for the attempt in force. So an owner's idea of who receives from
-    whom always covers what really goes on.
-    """
+class Client(Puts):
+    """The member side."""
 
     def __init__(self, port: Port, participant: Participant) -> None:
-        self._port = port
+        super().__init__(port)
         self._participant = participant
-        self._copies: dict[ObjectID, Copy] = {}
-        #: somebody here waits for the bytes
-        self._wanted: set[ObjectID] = set()
-        #: the attempt in force; of every wanted id, and of what is being received for nobody any longer
-        self._attempts: dict[ObjectID, int] = {}
         self._watched: set[ObjectID] = set()
-        self._tombstones: set[ObjectID] = set()
-        #: reduced objects that were complete and final here: they bind all later owners
-        self._delivered: dict[ObjectID, ms.Delivered] = {}
-        #: reduces asked for here whose result has not been here yet: a later owner starts them again
-        self._specs: dict[ObjectID, ms.ReduceSpec] = {}
         self._queries = Queries(port)
-        self._last_attempt = 0
 
     # -- asked by the rest of the rank ---------------------------------------------------------------------------------
-
-    def holds(self, oid: ObjectID) -> bool:
-        """Whether a complete and final copy is here."""
-        copy = self._copies.get(oid)
-        return copy is not None and copy.usable
-
-    def takes(self, oid: ObjectID) -> bool:
-        """Whether bytes that are put under that id now would become this rank's copy."""
-        copy = self._copies.get(oid)
-        free = copy is None or (copy.version == 0 and not copy.complete and not copy.producing)
-        return free and oid not in self._tombstones and oid not in self._specs
-
-    def writes(self, oid: ObjectID) -> bool:
-        """Whether a put that has started is still going to become this rank's copy."""
-        copy = self._copies.get(oid)
-        return copy is not None and copy.producing and copy.version == 0
 
     def root_started(self, rid: ObjectID, version: int, meta: Meta) -> None:
         """A reduce's root begins to write (rid, version) here."""
@@ -124,66 +93,6 @@ class Client:
                 self._transfer_failed(event)
             case _:
                 raise TypeError(f"{event!r} is not an event of the object protocol")
-
-    def _stored(self, event: ev.ObjectStored) -> None:
-        oid, copy = event.oid, self._copies.get(event.oid)
-        if oid in self._tombstones:
-            self._port.emit(ev.Drop(oid, 0))
-            self._port.emit(ev.Fail(oid, "deleted", f"{oid!r} was deleted; its id can't be used again"))
-            return
-        if oid in self._specs or (copy is not None and copy.version > 0):
-            self._port.emit(ev.Fail(oid, "exists", f"{oid!r} is the result of a reduce; put under another id"))
-            return
-        if copy is not None and copy.complete:
-            if copy.digest not in (None, event.digest):
-                self._port.emit(
-                    ev.Fail(oid, "exists", f"other bytes were put as {oid!r}; objects are immutable: use a new id")
-                )
-            elif copy.confirmed:
-                self._port.emit(ev.Stored(oid))
-            return
-        if copy is not None and copy.producing and not copy.same(event.digest):
-            self._port.emit(
-                ev.Fail(oid, "exists", f"other bytes are being put as {oid!r}; objects are immutable: use a new id")
-            )
-            return
-        if copy is not None and copy.sender is not None:
-            self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
-        started = copy if copy is not None and copy.producing else None
-        confirmed = not event.confirm or (started is not None and started.confirmed)
-        attempt = self._next_attempt() if started is None else started.attempt
-        self._copies[oid] = Copy(
-            0, event.meta, event.digest, True, True, event.inline, origin=True, confirmed=confirmed, attempt=attempt
-        )
-        self._announce(oid)
-        if confirmed:
-            self._port.emit(ev.Stored(oid))
-            self._finish(oid)
-
-    def _put_started(self, event: ev.PutStarted) -> None:
-        oid, copy = event.oid, self._copies.get(event.oid)
-        if copy is not None and copy.sender is not None:
-            self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
-        confirmed, attempt = not event.confirm, self._next_attempt()
-        self._copies[oid] = Copy(
-            0, event.meta, event.digest, False, True, origin=True, confirmed=confirmed, producing=True, attempt=attempt
-        )
-        self._announce(oid)
-        if not event.confirm:
-            self._port.emit(ev.Stored(oid))
-
-    def _put_failed(self, oid: ObjectID) -> None:
-        copy = self._copies.get(oid)
-        if copy is None or not copy.producing or copy.version != 0:
-            return
-        self._discard(oid)
-        self._to_owner(oid, ms.Forget(self._port.number, oid, 0))
-        if oid in self._wanted:
-            self._request(oid)
-
-    def _has(self, oid: ObjectID, version: int) -> bool:
-        """Whether a complete and final copy of that version is here, and accepted."""
-        return self.holds(oid) and self._copies[oid].version == version
 
     def _adopt(self, event: ev.AdoptObject) -> None:
         oid, copy = event.oid, self._copies.get(event.oid)
@@ -314,12 +223,7 @@ class Client:
                     if copy.complete:
                         self._finish(oid)
             case ms.Accepted(_, oid, attempt):
-                copy = self._copies.get(oid)
-                if copy is not None and copy.origin and not copy.confirmed and copy.attempt == attempt:
-                    copy.confirmed = True
-                    self._port.emit(ev.Stored(oid))
-                    if copy.complete:
-                        self._finish(oid)
+                self._accepted(oid, attempt)
             case ms.Refused(_, oid, text, attempt):
                 self._refused(oid, text, attempt)
             case ms.Retired(_, oids):
@@ -384,20 +288,6 @@ class Client:
         )
         self._finish(oid)
 
-    def _refused(self, oid: ObjectID, text: str, attempt: int | None) -> None:
-        copy = self._copies.get(oid)
-        if attempt is not None and (copy is None or not copy.origin or copy.attempt != attempt):
-            return  # an earlier put's, which was given up
-        if copy is not None and copy.origin:
-            self._discard(oid)
-            self._port.emit(ev.Fail(oid, "exists", text))
-            if oid in self._wanted:
-                self._request(oid)  # the earlier attempt's location may have been passed over for the sake of the put
-            else:
-                self._cancel(oid)
-        elif self._specs.pop(oid, None) is not None:
-            self._port.emit(ev.Fail(oid, "exists", text))
-
     def _failed(self, oid: ObjectID, kind: str, text: str) -> None:
         self._discard(oid)
         self._attempts.pop(oid, None)
@@ -449,71 +339,6 @@ class Client:
         found += [(port.owner(oid), ms.Watch(number, oid, self._last(oid))) for oid in self._watched]
         found += [(port.owner(rid), message) for rid, message in self._participant.requests()]
         return found + self._queries.requests()
-
-    # -- helpers -------------------------------------------------------------------------------------------------------
-
-    def _to_owner(self, oid: ObjectID, message: ms.Message) -> None:
-        if len(self._port.view):  # before the first view the report says it all
-            self._port.send(self._port.owner(oid), message)
-
-    def _next_attempt(self) -> int:
-        self._last_attempt += 1
-        return self._last_attempt
-
-    def _request(self, oid: ObjectID, suspect: int | None = None) -> None:
-        self._attempts[oid] = self._next_attempt()
-        self._to_owner(oid, ms.Get(self._port.number, oid, self._last_attempt, suspect, self._last(oid)))
-
-    def _last(self, oid: ObjectID) -> bool:
-        """Whether nobody will put it any more: the only process that could has left the view."""
-        return oid.origin is not None and len(self._port.view) > 0 and not self._port.view.has(*oid.origin)
-
-    def _cancel(self, oid: ObjectID) -> None:
-        """End the attempt in force.
-
-        A copy that is neither complete and final nor being written here is of no use then.
-        """
-        copy = self._copies.get(oid)
-        if copy is not None and not (copy.complete and copy.final) and not copy.producing:
-            self._discard(oid)
-        self._attempts.pop(oid, None)
-        self._to_owner(oid, ms.Cancel(self._port.number, oid))
-
-    def _announce(self, oid: ObjectID) -> None:
-        c = self._copies[oid]
-        message = ms.Announce(
-            self._port.number,
-            oid,
-            c.version,
-            c.meta,
-            c.digest,
-            c.inline,
-            c.sources,
-            c.origin,
-            not c.confirmed,
-            c.producing,
-            c.attempt,
-        )
-        self._to_owner(oid, message)
-
-    def _finish(self, oid: ObjectID) -> None:
-        """The copy is usable: wake those who wait, and remember a reduced one."""
-        copy = self._copies[oid]
-        self._attempts.pop(oid, None)
-        if copy.sources is not None:
-            self._delivered[oid] = ms.Delivered(oid, copy.version, copy.sources)
-            self._specs.pop(oid, None)
-        if oid in self._wanted:
-            self._wanted.discard(oid)
-            self._port.emit(ev.Deliver(oid, copy.version, copy.meta, copy.inline, copy.sources))
-
-    def _discard(self, oid: ObjectID) -> None:
-        copy = self._copies.pop(oid, None)
-        if copy is None:
-            return
-        if copy.sender is not None:
-            self._port.emit(ev.AbortTransfer(oid, copy.version, copy.attempt))
-        self._port.emit(ev.Drop(oid, copy.version))
 
     def _bury(self, oid: ObjectID) -> None:
         copy = self._copies.get(oid)
