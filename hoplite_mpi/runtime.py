@@ -12,14 +12,16 @@ from typing import Any
 from mpi4py import MPI
 
 from hoplite_mpi import passing
+from hoplite_mpi.channels import Channels
 from hoplite_mpi.checksums import whole_blocks
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import ClosedError, EvictedError, HopliteError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.making_room import RoomMaker
-from hoplite_mpi.memory import Arena, HostMemory, Memory, ObjectInfo, Spill, reduce_bytes, spill_directory
+from hoplite_mpi.memory import Arena, HostMemory, Memory, Spill, reduce_bytes, spill_directory
 from hoplite_mpi.objects import Objects, Ready, object_of
 from hoplite_mpi.observing import Observer
+from hoplite_mpi.orphans import Orphans
 from hoplite_mpi.protocol import events as ev
 from hoplite_mpi.protocol import membership_messages as ms
 from hoplite_mpi.protocol import wire
@@ -35,11 +37,11 @@ from hoplite_mpi.trace import Recorder
 from hoplite_mpi.transport import joining, liveness
 from hoplite_mpi.transport.bootstrap import Place
 from hoplite_mpi.transport.engine import Engine
+from hoplite_mpi.transport.evidence import Evidence
 from hoplite_mpi.transport.fabric import ASLEEP, AWAKE, RING, Fabric, Link
 from hoplite_mpi.transport.gauge import Gauge
 from hoplite_mpi.transport.joining import Joiner
 from hoplite_mpi.transport.liveness import Liveness
-from hoplite_mpi.transport.primitives import Ordered, Timer
 from hoplite_mpi.transport.sidechannel import PeerKey, SideChannel
 from hoplite_mpi.transport.streams import PROBE
 from hoplite_mpi.transport.transfer import Transfers
@@ -52,10 +54,6 @@ log = logging.getLogger("hoplite_mpi")
 _MEMBERSHIP = 20
 #: channels of control messages
 _PROTOCOL, _TRANSFER, _FIRST_USER_CHANNEL = 0, 1, 16
-#: messages kept for a channel that is not open yet
-_MAX_UNCLAIMED = 10_000
-#: seconds for a new member to call this process; then this process calls it
-_CALL_AFTER = 0.2
 #: seconds between looks at the rendezvous directory while joining
 _JOIN_PERIOD = 0.05
 
@@ -73,9 +71,10 @@ class Runtime:
             self.me,
             place.secret,
             on_up=self._side_up,
-            on_down=self._side_down,
+            on_down=lambda peer, proof: self.evidence.disconnected(peer, proof),
             on_message=self._side_message,
         )
+        self.evidence = Evidence(self.engine, self.side, self._address_of, self._membership)
         self.fabric = Fabric(self.engine, self.side, self._control_message, self._link_wanted, self._link_broken)
         self.trace = Recorder(place.rank, config.trace_limit if config.trace else 0)
         self.transfers = Transfers(
@@ -95,8 +94,8 @@ class Runtime:
             self.engine,
             self.side,
             peers=self._others,
-            on_silence=lambda peer: self._peer_down(peer, "silence"),
-            on_return=self._peer_up,
+            on_silence=lambda peer: self.evidence.down(peer, "silence"),
+            on_return=self.evidence.back,
         )
         self.arena = Arena(place.arena, place.rank, place.incarnation, **_arena_limits(config))
         self.protocol = Protocol(place.rank, config)
@@ -111,6 +110,7 @@ class Runtime:
         parts = (self.engine, self.fabric, self.transfers, self.memory, self.reserver)
         self.objects = Objects(*parts, self.handle, self._no_memory)
         self.slots = Slots(*parts, self.objects, self.handle, self.me)
+        self._orphans = Orphans(self.engine, self.arena, self.memory, self.objects, self.handle)
         member = Member(place.rank, place.incarnation, place.node, self.side.address)
         if place.comm is not None:
             self.membership = Membership(member, founding=place.founders(self.side.address))
@@ -120,9 +120,7 @@ class Runtime:
         self.view: View | None = None
         #: told each new view, outside of the engine's lock
         self.view_listeners: list[Callable[[View, tuple[Member, ...]], None]] = []
-        self._channels: dict[int, Callable[[PeerKey, bytes], None]] = {}
-        #: messages on channels that are not open here yet: the other rank may be quicker
-        self._unclaimed: dict[int, list[tuple[PeerKey, bytes]]] = {}
+        self._channels = Channels(self.engine)
         #: told the protocol's answers: Deliver, Available, Fail, Stored, Locations
         self.on_answer: Callable[[ev.Instruction], None] = lambda answer: None
         self.on_no_memory: Callable[[ObjectID, HopliteError], None] = lambda oid, error: None
@@ -130,14 +128,8 @@ class Runtime:
         self.closed: HopliteError | None = None
         self.left = False
         self.peers_lost = 0
-        #: messages and views for users of the store, in the order in which they came
-        self._ordered = Ordered(self.engine)
         self._events: deque[ev.Event] = deque()
         self._handling = False
-        #: processes whose connection broke and are called once more, to see whether they are really gone
-        self._redialed: set[PeerKey] = set()
-        #: what tells the membership that a peer has been down for long
-        self._silences: dict[PeerKey, Timer] = {}
         #: this rank has said nothing yet as an owner in this view
         self._silent_owner = True
 
@@ -235,13 +227,7 @@ class Runtime:
 
     def open_channel(self, channel: int, receiver: Callable[[PeerKey, bytes], None]) -> None:
         """Give messages on a channel to *receiver*, those first that have come already. Any thread."""
-
-        def begin() -> None:
-            self._channels[channel] = receiver
-            for peer, payload in self._unclaimed.pop(channel, ()):
-                self._channel_message(peer, channel, payload)
-
-        self.engine.run(begin)
+        self.engine.run(lambda: self._channels.open(channel, receiver))
 
     def send(self, rank: int, channel: int, payload: bytes) -> bool:
         """Send bytes to a member; return whether it is one. Any thread."""
@@ -252,7 +238,7 @@ class Runtime:
                 return False
             peer = (member.rank, member.incarnation)
             if peer == self.me:
-                self._channel_message(peer, channel, payload)
+                self._channels.deliver(peer, channel, payload)
             else:
                 self.fabric.send(peer, _FIRST_USER_CHANNEL + channel, payload)
             return True
@@ -359,60 +345,13 @@ class Runtime:
             if isinstance(message, RootDone):
                 fault.point("reduce.after_final")
         else:
-            self._channel_message(peer, channel - _FIRST_USER_CHANNEL, payload)
-
-    def _channel_message(self, peer: PeerKey, channel: int, payload: bytes) -> None:
-        receiver = self._channels.get(channel)
-        if receiver is not None:
-            self._ordered.post(lambda: receiver(peer, payload))
-            return
-        waiting = self._unclaimed.setdefault(channel, [])
-        if len(waiting) < _MAX_UNCLAIMED:
-            waiting.append((peer, payload))
-        else:
-            log.error(
-                "a message of rank %d on channel %d is lost: %d wait, and nobody listens",
-                peer[0],
-                channel,
-                len(waiting),
-            )
+            self._channels.deliver(peer, channel - _FIRST_USER_CHANNEL, payload)
 
     def _side_up(self, peer: PeerKey) -> None:
-        self._redialed.discard(peer)
         self.fabric.side_is_up(peer)
-        self._peer_up(peer)
+        self.evidence.connected(peer)
         if self.fabric.link(peer).backlog:
             self._link_wanted(self.fabric.link(peer))
-
-    def _side_down(self, peer: PeerKey, proof: str) -> None:
-        member = None if self.view is None else self.view.members.get(peer[0])
-        current = member is not None and member.incarnation == peer[1]
-        if proof == "reset" and current and member is not None and peer not in self._redialed:
-            # a live peer, too, resets an old connection after a cut: only its address can say that it is gone
-            self._redialed.add(peer)
-            self.side.connect(peer, self._reachable(member.address, member.node))
-            return
-        self._redialed.discard(peer)
-        self._peer_down(peer, "reset" if proof in ("reset", "bye") else "silence")
-
-    def _peer_up(self, peer: PeerKey) -> None:
-        if (waiting := self._silences.pop(peer, None)) is not None:
-            waiting.cancel()
-        self._membership(ms.PeerUp(*peer))
-
-    def _peer_down(self, peer: PeerKey, proof: ms.Proof) -> None:
-        def lasts() -> None:
-            del self._silences[peer]
-            if self.view is not None and self.view.has(*peer) and self.closed is None:
-                wait()
-                self._membership(ms.SilenceLasts(*peer))
-
-        def wait() -> None:
-            self._silences[peer] = self.engine.after(self.config.cut_margin, lasts)
-
-        if peer not in self._silences:
-            wait()
-        self._membership(ms.PeerDown(*peer, proof))
 
     def _on_this_node(self, peer: PeerKey) -> bool:
         member = None if self.view is None else self.view.members.get(peer[0])
@@ -445,7 +384,7 @@ class Runtime:
 
     def _address_of(self, peer: PeerKey) -> tuple[str, int] | None:
         member = None if self.view is None else self.view.members.get(peer[0])
-        if member is None or member.incarnation != peer[1]:
+        if member is None or member.incarnation != peer[1] or self.closed is not None:
             return None
         return self._reachable(member.address, member.node)
 
@@ -468,7 +407,7 @@ class Runtime:
             if not link.down:
                 log.warning("MPI can't reach rank %d.%d, though it is not known to be dead", *link.peer)
                 if self._is_senior(link.peer):
-                    self._peer_down(link.peer, "silence")
+                    self.evidence.down(link.peer, "silence")
                 else:  # of two that can't talk to each other the junior one goes
                     rank, (peer, incarnation) = self.place.rank, link.peer
                     text = (
@@ -533,56 +472,17 @@ class Runtime:
                 continue
             if not self._is_senior(peer):  # the junior of a pair calls
                 self.side.connect(peer, self._reachable(member.address, member.node))
-            else:  # unless it has died since it asked to be let in: that has to come out
-                self.engine.after(_CALL_AFTER, lambda peer=peer: self._call(peer))  # type: ignore[misc]
+            else:
+                self.evidence.expect(peer)
             if self.place.comm is not None:
                 self.fabric.up(self.fabric.link(peer), self.place.comm, member.rank)
-        self._adopt(view)  # first, so that this rank's report has them
+        self._orphans.adopt(view, self.place.rank, self.place.node)  # first, so that this rank's report has them
         self.handle(ev.ViewInstalled(view))
         for listener in self.view_listeners:
-            self._ordered.post(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
+            self._channels.post(lambda listener=listener: listener(view, what.lost))  # type: ignore[misc]
         fault.point("join.in" if newcomer else "membership.installed")
         lost = ", ".join(f"{m.rank}.{m.incarnation}" for m in what.lost)
         log.info("view %d: ranks %s%s", view.number, view.ranks, f" (lost: {lost})" if lost else "")
-
-    def _call(self, peer: PeerKey) -> None:
-        """Call a member that has not called, though it should have."""
-        address = self._address_of(peer)
-        if address is not None and self.closed is None and not self.side.connected(peer):
-            self.side.connect(peer, address)
-
-    def _adopt(self, view: View) -> None:
-        """Go on serving what members of this node that are gone left there; the lowest rank of the node does, unless another has a copy."""
-        lowest = self.place.rank == min(m.rank for m in view.members.values() if m.node == self.place.node)
-        for found in self.memory.objects():
-            if view.has(found.rank, found.incarnation):
-                continue
-            if self.objects.holds(found.oid, found.version):
-                self.arena.adopt(found.oid, found.version)
-            elif lowest:
-                self._adopt_orphan(found)
-
-    def _adopt_orphan(self, found: ObjectInfo) -> None:
-        if found.version:
-            # Whether a reduced object is final is not known from its bytes: it stays if another rank of the node has a copy. By then that
-            # one will have installed this view, and taken it over, or be out.
-            self.engine.after(self.config.evict_timeout, lambda: self._remove_orphan(found.oid, found.version))
-        elif self.objects.has(found.oid):
-            return  # it is being received here
-        elif found.provisional:  # its put has not returned, and other bytes may have won its id
-            self.memory.delete(found.oid)
-        else:
-            self.arena.adopt(found.oid)
-            self.objects.stored(found.oid, found.meta)
-            self.handle(ev.AdoptObject(found.oid, found.meta, found.digest))
-
-    def _remove_orphan(self, oid: ObjectID, version: int) -> None:
-        """Free a reduced object that nobody on this node has taken over."""
-        if self.closed is not None or self.view is None or self.objects.holds(oid, version):
-            return
-        for found in self.memory.objects():
-            if (found.oid, found.version) == (oid, version) and not self.view.has(found.rank, found.incarnation):
-                self.memory.delete(oid, version)
 
     def ready(self, oid: ObjectID) -> Ready | None:
         """Return the object if it can be had here at once. Any thread."""
