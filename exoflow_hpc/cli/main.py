@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -17,7 +16,7 @@ from exoflow_hpc.cli import query, run
 from exoflow_hpc.cli.interrupt import Interrupted, interruptible
 from exoflow_hpc.cli.streams import put, repair
 from exoflow_hpc.errors import ExoFlowError, TaskError
-from exoflow_hpc.local import is_other_rank, under_launcher
+from exoflow_hpc.local import is_other_rank
 from exoflow_hpc.settings import Settings
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import HopliteError
@@ -124,10 +123,4 @@ def _report(options: Any, text: str, code: int, workflow_id: str | None) -> int:
 def entry() -> NoReturn:
     """Run the command line of this process and exit."""
     repair()
-    code = main()
-    if under_launcher():
-        # MPI_Finalize can hang after a peer's death, and everything is durable
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(main())

@@ -105,7 +105,8 @@ def _pass(name: str) -> str | None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # not os.kill: the signal would go to the main thread, and this one run on until that one has been scheduled
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     elif action == "exit":
         os._exit(_EXIT_CODE)
     elif action == "raise":

@@ -117,6 +117,27 @@ def test_under_mpiexec(cli: Cli) -> None:
     assert reports[0]["ranks"]["started"] == 2
 
 
+def test_ranks_that_end_apart_under_mpiexec(cli: Cli) -> None:
+    """One is at its end while another still shows the result: mpiexec would kill that one if the first had left without MPI_Finalize."""
+    body = """
+class Slow:
+    def __repr__(self):
+        import time
+        time.sleep(1.5)
+        return "shown"
+
+@ef.task
+def slow():
+    return Slow()
+
+def workflow():
+    return slow.bind()
+"""
+    result = cli("run", cli.file(body), "--id", "w", launcher=("mpiexec", "-n", "2"))
+    assert result.code == 0, result.text
+    assert "shown" in result.stdout
+
+
 def test_finished_workflow_is_not_run_again(cli: Cli) -> None:
     file = cli.file("def workflow(directory):\n    return total.bind([step.bind(directory, i) for i in range(3)])\n")
     args = ["run", file, "--id", "w", "--ranks", "1", "--input", f"directory={cli.directory}", "--json"]

@@ -260,10 +260,18 @@ class _Runner:
         for pid in processes_of_run(run):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             self.outcome.wrong.append(f"process {pid} is left: {command}")
+        # what another trial is sweeping just now is not left
+        while (left := self._left_in_memory()) and time.monotonic() < end:
+            time.sleep(0.05)
+        self.outcome.wrong += left
+
+    def _left_in_memory(self) -> list[str]:
+        found = []
         for where, names in self._shared_memory():
-            left = [name for name in names if run in name or (where != "here" and name.startswith("mpich_shm_"))]
+            left = [n for n in names if self.local.run in n or (where != "here" and n.startswith("mpich_shm_"))]
             if left:
-                self.outcome.wrong.append(f"left in shared memory {where}: {left}")
+                found.append(f"left in shared memory {where}: {left}")
+        return found
 
     def _shared_memory(self) -> list[tuple[str, list[str]]]:
         """Return what is in /dev/shm of each host once the next start has swept it."""
