@@ -13,6 +13,7 @@ from .fingerprint import Fingerprint, is_installed_path
 from .options import check_checkpoint
 from .payload import Blobs, dump_arguments, dump_function
 from .pickling import dumps
+from .semantics import check_annotations
 from .settings import Settings
 from .spec import TaskSpec, WorkflowSpec
 
@@ -33,7 +34,7 @@ def compile_workflow(
     file,
     whose function has taken them. Each argument is pickled here and now: what the program changes later has no effect.
     BadWorkflowError: no DAG, a cycle, a missing or unused input, what can't be pickled. IllegalAnnotationError: a wait
-    for a commit that will never be.
+    for a commit that will never be, or an effect that could be neither repeated nor undone.
     """
     compiler = _Compiler(inputs, check_checkpoint(checkpoint), settings or Settings.from_environment())
     return compiler.compile(require_step(output, "the output of a workflow"), unused_inputs)
@@ -58,6 +59,7 @@ class _Compiler:
             self._check_inputs()
         names = unique_names(order)
         tasks = tuple(self._task(position, node, names[position], index) for position, node in enumerate(order))
+        check_annotations(tasks)
         _check_barriers(tasks)
         return WorkflowSpec(
             tasks=tasks,
@@ -168,7 +170,17 @@ class _Compiler:
             retry=self.blobs.add_object(kinds, lambda value: self._dump_retry(value, name)) if kinds else "",
             op=node.op if isinstance(node, ReduceNode) else "",
             blobs=payload.blobs,
+            deterministic=node.options.deterministic,
+            external=node.options.external,
+            idempotent=node.options.idempotent,
+            rollback=self._rollback(node, name),
         )
+
+    def _rollback(self, node: StepNode, name: str) -> str:
+        function = node.options.rollback
+        if function is None:
+            return ""
+        return self.blobs.add_object(function, lambda value: dump_function(value, f"{name} (rollback)"))
 
     @staticmethod
     def _dump_retry(kinds: Any, name: str) -> bytes:
@@ -195,7 +207,9 @@ class _Compiler:
             digest.add(
                 (task.name, task.kind, task.data, task.after, task.barriers, task.checkpoint, task.max_retries, task.op)
             )
+            digest.add((task.deterministic, task.external, task.idempotent))
             digest.add(node.options.retry_exceptions)
+            digest.add(node.options.rollback)
             if isinstance(node, TaskNode):
                 digest.add(node.task.function)
                 try:

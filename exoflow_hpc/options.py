@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,6 @@ CHECKPOINT_MODES = ("sync", "async", "skip", "auto")
 #: options of the interface whose rules this version does not enforce yet, with the value that asks for nothing;
 #: any other value is refused, since ignoring one would break what it promises
 _NOT_YET: dict[str, Any] = {
-    "deterministic": True,
-    "external": False,
-    "idempotent": False,
-    "rollback": None,
     "num_returns": 1,
     "catch_exceptions": False,
     "timeout": None,
@@ -46,6 +43,12 @@ class TaskOptions:
     max_retries: how often the task is started again after a crash of its worker or an exception of `retry_exceptions`,
     both counted together. Lost ranks are counted apart (`Settings.max_rank_losses`).
     retry_exceptions: True (every `Exception`), False or () (none), or a tuple of exception types.
+    deterministic: it gives the same output for the same inputs. If not, nobody ever sees two values of it: what was
+    computed from a value that is lost is void (R5), and it is committed before an effect that can't be undone (R3).
+    external: it has an effect outside of the workflow, so it needs `idempotent` or `rollback` (R4).
+    idempotent: repeating that effect with the same `context().idempotency_key` is harmless.
+    rollback: ``rollback(key, args, result_or_None)`` undoes the effect of the task whose idempotency key was *key* and
+    whose positional arguments were *args*. It may be called more than once, and for an effect that never happened.
     """
 
     name: str | None = None
@@ -53,6 +56,10 @@ class TaskOptions:
     max_retries: int = 3
     #: empty: no exception is retried
     retry_exceptions: tuple[type[BaseException], ...] = ()
+    deterministic: bool = True
+    external: bool = False
+    idempotent: bool = False
+    rollback: Callable[..., Any] | None = None
 
 
 def make_options(base: TaskOptions, changes: dict[str, Any]) -> TaskOptions:
@@ -123,9 +130,42 @@ def _check_retry_exceptions(value: Any) -> tuple[type[BaseException], ...]:
     return kinds
 
 
+def _check_bool(name: str) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} has to be True or False, not {value!r}")
+        return value
+
+    return check
+
+
+def _check_rollback(value: Any) -> Callable[..., Any] | None:
+    if value is None:
+        return None
+    function = getattr(value, "function", value)  # a task can be a rollback; what is called is its function
+    if not callable(function):
+        raise TypeError(f"rollback has to be a function rollback(key, args, result_or_None), not {value!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a built-in: what it takes shows when it is called
+        return function
+    try:
+        signature.bind("key", (), None)
+    except TypeError:
+        raise TypeError(
+            f"rollback={getattr(function, '__name__', function)!s}{signature} can't be called as "
+            "rollback(key, args, result_or_None)"
+        ) from None
+    return function
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "name": check_name,
     "checkpoint": check_checkpoint,
     "max_retries": _check_max_retries,
     "retry_exceptions": _check_retry_exceptions,
+    "deterministic": _check_bool("deterministic"),
+    "external": _check_bool("external"),
+    "idempotent": _check_bool("idempotent"),
+    "rollback": _check_rollback,
 }

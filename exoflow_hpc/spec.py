@@ -50,6 +50,14 @@ class TaskSpec:
     op: str
     #: keys of the blobs that `args` refers to
     blobs: tuple[str, ...]
+    #: gives the same output for the same inputs
+    deterministic: bool = True
+    #: has an effect outside of the workflow
+    external: bool = False
+    #: repeating that effect is harmless
+    idempotent: bool = False
+    #: key of the blob with the function that undoes the effect; empty: none
+    rollback: str = ""
 
     def arguments(self, output: Any, blob: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs): ``output(index)`` gives the output of a task, ``blob(key)`` the value of a blob."""
@@ -123,6 +131,10 @@ class WorkflowSpec:
                 t.retry,
                 t.op,
                 t.blobs,
+                t.deterministic,
+                t.external,
+                t.idempotent,
+                t.rollback,
             ]
             for t in self.tasks
         ]
