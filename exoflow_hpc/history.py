@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from exoflow_hpc.errors import CanceledError, ExoFlowError
 from exoflow_hpc.spec import WorkflowSpec
 
 __all__ = [
+    "Facts",
     "Status",
     "canceled",
     "check_output",
     "committed_tasks",
     "error_of",
+    "facts_of",
     "last_end",
     "load_output",
     "status_of",
-    "voided_tasks",
 ]
 
 
@@ -37,33 +39,70 @@ class Status:
     ALL = (PENDING, RUNNING, SUCCESSFUL, FAILED, CANCELED, RESUMABLE)
 
 
-def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, records.TaskCommitted]:
-    """Return index of task → its record. The first record of a task counts, as consumers may have seen that output, unless it is void."""
-    return _standing(spec, history)[0]
+@dataclass
+class Facts:
+    """What the journal says of the tasks of a workflow, by index of the task."""
+
+    #: committed and not void: the record that stands
+    committed: dict[int, records.TaskCommitted] = field(default_factory=dict)
+    #: external tasks that were started and not rolled back since, in the order of their first start → the last start
+    effects: dict[int, records.TaskStarted] = field(default_factory=dict)
+    #: last output of those in `effects`, void or not, for their rollbacks
+    results: dict[int, records.TaskCommitted] = field(default_factory=dict)
+    #: how often each was rolled back, where that is not 0
+    incarnations: dict[int, int] = field(default_factory=dict)
+    #: highest attempt that is known
+    attempts: dict[int, int] = field(default_factory=dict)
+    #: taken to be deterministic, but gave two outputs
+    deviant: set[int] = field(default_factory=set)
+    #: checksums of outputs that something saw that stands, or that were committed themselves, and are not now: the same is to come again
+    seen: dict[int, str] = field(default_factory=dict)
 
 
-def voided_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, str]:
-    """Return index of task → checksum of its last output, for tasks that were committed and are not any more."""
-    return _standing(spec, history)[1]
-
-
-def _standing(
-    spec: WorkflowSpec, history: Iterable[dict[str, Any]]
-) -> tuple[dict[int, records.TaskCommitted], dict[int, str]]:
-    committed: dict[int, records.TaskCommitted] = {}
-    voided: dict[int, str] = {}
+def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts:
+    """Return what a history says. The first record of a task counts, as consumers may have seen that output, unless it is void."""
+    facts = Facts()
     for wire in history:
         record = records.decode(wire)
         if isinstance(record, records.TaskCommitted):
-            task = spec.index(record.task_id)
-            committed.setdefault(task, record)
-            voided.pop(task, None)
+            _commit(facts, spec, record)
         elif isinstance(record, records.TaskVoided):
             task = spec.index(record.task_id)
-            known = committed.pop(task, None)
+            known = facts.committed.pop(task, None)
             if known is not None:
-                voided[task] = known.checksum
-    return committed, voided
+                facts.seen[task] = known.checksum
+        elif isinstance(record, records.TaskStarted):
+            task = spec.index(record.task_id)
+            facts.effects[task] = record
+            facts.attempts[task] = max(record.attempt, facts.attempts.get(task, -1))
+        elif isinstance(record, records.TaskRolledBack):
+            task = spec.index(record.task_id)
+            facts.incarnations[task] = record.incarnation
+            facts.effects.pop(task, None)
+            facts.results.pop(task, None)
+        elif isinstance(record, records.TaskDeviated):
+            facts.deviant.add(spec.index(record.task_id))
+    return facts
+
+
+def _commit(facts: Facts, spec: WorkflowSpec, record: records.TaskCommitted) -> None:
+    task = spec.index(record.task_id)
+    facts.attempts[task] = max(record.attempt, facts.attempts.get(task, -1))
+    if task in facts.committed:
+        return
+    facts.committed[task] = record
+    facts.seen.pop(task, None)
+    if task in facts.effects:
+        facts.results[task] = record
+    for name, checksum in record.consumed:
+        source = spec.index(name)
+        if source not in facts.committed:
+            facts.seen[source] = checksum
+
+
+def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, records.TaskCommitted]:
+    """Return index of task → its record, of those that are committed and not void."""
+    return facts_of(spec, history).committed
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from exoflow_hpc.errors import UnknownRecordError
 
@@ -15,13 +15,16 @@ __all__ = [
     "Location",
     "Record",
     "TaskCommitted",
+    "TaskDeviated",
     "TaskFailed",
+    "TaskRolledBack",
     "TaskStarted",
     "TaskVoided",
     "WorkflowFinished",
     "WorkflowStarted",
     "decode",
     "encode",
+    "location_of",
 ]
 
 #: outputs up to this many bytes are kept in the journal itself
@@ -52,7 +55,8 @@ class InCheckpoint:
 Location = Inline | InCheckpoint
 
 
-def _location(wire: dict[str, Any]) -> Location:
+def location_of(wire: dict[str, Any]) -> Location:
+    """Return the location of its plain form, as `to_wire` gives it."""
     return Inline(wire["inline"]) if "inline" in wire else InCheckpoint(wire["file"], wire["entry"])
 
 
@@ -76,6 +80,28 @@ class TaskStarted:
     attempt: int
     incarnation: int
     rank: int = -1
+    #: where the outputs are that it takes, in the order of `TaskSpec.data`, for its rollback: [location, meta, checksum] each; empty
+    #: for a task without one
+    inputs: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRolledBack:
+    """The effect of a task was undone (R5, R10a): it may begin anew, in *incarnation*, with another idempotency key (R9)."""
+
+    type: ClassVar[str] = "task_rolled_back"
+    task_id: str
+    #: the new one
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDeviated:
+    """A task that is taken to be deterministic gave another output than before: from here on it counts as one that varies (R12)."""
+
+    type: ClassVar[str] = "task_deviated"
+    task_id: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +118,9 @@ class TaskCommitted:
     nbytes: int
     #: `Meta.to_wire()` of the output
     meta: list[Any]
+    #: [task, checksum] of outputs that went in and were not committed then, as far as they are known: made again, they have to be the same
+    #: (R12)
+    consumed: list[Any] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +159,18 @@ class WorkflowFinished:
     error: bytes = b""
 
 
-Record = WorkflowStarted | TaskStarted | TaskCommitted | TaskVoided | TaskFailed | WorkflowFinished
+Record = (
+    WorkflowStarted
+    | TaskStarted
+    | TaskRolledBack
+    | TaskDeviated
+    | TaskCommitted
+    | TaskVoided
+    | TaskFailed
+    | WorkflowFinished
+)
 
-_TYPES: dict[str, Any] = {
-    kind.type: kind for kind in (WorkflowStarted, TaskStarted, TaskCommitted, TaskVoided, TaskFailed, WorkflowFinished)
-}
+_TYPES: dict[str, Any] = {kind.type: kind for kind in get_args(Record)}
 
 
 def encode(record: Record) -> dict[str, Any]:
@@ -155,7 +191,7 @@ def decode(wire: dict[str, Any]) -> Record:
         )
     values = {name: value for name, value in wire.items() if name != "type"}
     if "location" in values:
-        values["location"] = _location(values["location"])
+        values["location"] = location_of(values["location"])
     try:
         record: Record = kind(**values)
     except TypeError as error:

@@ -1,16 +1,19 @@
 """What runs when and where: a sans-IO state machine. No MPI, clock, disk or thread; events in, instructions out.
 
 It decides on attempts, retries, writes and the end of the run. Where tasks stand is kept by `task_table`, which rank
-gets a task is decided by `placement`, and what has to run again after a loss by `recovery`.
+gets a task is decided by `placement`, what has to run again by `semantics`, and what has to be undone before that is
+seen to by `undoing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .placement import Ranks
+from .records import INLINE_LIMIT
 from .scheduler_events import (
+    AttemptsOver,
     Cancel,
     CancelAttempt,
     Commit,
@@ -25,14 +28,19 @@ from .scheduler_events import (
     RankJoined,
     RankLost,
     Release,
+    RollbackFailed,
+    RolledBack,
     Start,
     TaskCommitted,
     TaskFailed,
     TaskFinished,
+    Voided,
 )
+from .semantics import plan
 from .settings import Settings
 from .spec import WorkflowSpec
 from .task_table import Held, TaskState, TaskTable
+from .undoing import Undoing
 
 __all__ = ["Scheduler", "TaskState"]
 
@@ -44,6 +52,9 @@ class Scheduler:
 
     committed: tasks that the journal names. ranks: (rank, incarnation, slots) of those that are there already.
     attempts: the highest attempt number that earlier epochs may have used, by task: no two attempts share an id (R10c).
+    effects: external tasks that were started and not rolled back since, in the order of their first start.
+    unseen: (task, attempt) of external tasks that may still run somewhere, until `AttemptsOver`. deviant: tasks that are
+    taken to be deterministic and are not (R12).
 
     Promises: each task that runs and whose checkpoint is not ``"skip"`` is committed before the run is SUCCESSFUL, even
     if all its consumers have finished and its bytes are lost (then it runs again). A promise binds the run that made
@@ -57,10 +68,17 @@ class Scheduler:
         ranks: Iterable[tuple[int, int, int]] = (),
         attempts: Mapping[int, int] | None = None,
         settings: Settings | None = None,
+        effects: Sequence[int] = (),
+        unseen: Iterable[tuple[int, int]] = (),
+        deviant: Iterable[int] = (),
     ) -> None:
         self.spec = spec
         self._settings = settings or Settings()
-        self._table = TaskTable(spec, committed, self._release)
+        self._known = frozenset(committed)
+        self._deviant = frozenset(deviant)
+        self._undoing = Undoing(spec.tasks, effects, unseen)
+        varying = {t.index for t in spec.tasks if not t.deterministic} | self._deviant
+        self._table = TaskTable(spec, varying, self._undoing.effects, self)
         self._ranks = Ranks()
         for rank, incarnation, slots in ranks:
             self._ranks.join(rank, incarnation, slots)
@@ -90,6 +108,7 @@ class Scheduler:
         self._out = []
         _HANDLERS[type(event)](self, event)
         if self._started and self._ending is None:
+            self._go_on_undoing()
             self._dispatch()
         self._finish_if_over()
         return self._out
@@ -97,7 +116,8 @@ class Scheduler:
     @property
     def counters(self) -> Counters:
         """What was run, skipped and run again so far."""
-        return Counters(len(self._run), len(self.spec.tasks) - len(self._run), self._dispatches - len(self._run))
+        run, undone = len(self._run), self._undoing.undone
+        return Counters(run, len(self.spec.tasks) - run, self._dispatches - run, undone)
 
     @property
     def ran(self) -> frozenset[int]:
@@ -128,6 +148,10 @@ class Scheduler:
         """Return where *task* stands."""
         return self._table.state[task]
 
+    def attempt(self, task: int) -> int:
+        """Return the number of the latest attempt of *task*, -1 if there was none."""
+        return self._attempt[task]
+
     def story(self, task: int) -> str:
         """Return all that is known of *task*, in a line for an error message or a log."""
         table, held = self._table, self._table.held[task]
@@ -145,7 +169,16 @@ class Scheduler:
         if self._started:
             raise ValueError("Start was handled before")
         self._started = True
-        self._table.begin()
+        begin = plan(self.spec.tasks, self.spec.output, self._known, tuple(self._undoing.effects), self._deviant)
+        if begin.conflict is not None:
+            self._refuse(*begin.conflict)
+            return
+        for task in begin.void:
+            self._out.append(self._undoing.void(task))
+        self._undoing.undo(begin.undo)
+        self._table.begin(begin)
+        # what may still run somewhere must not run twice at a time
+        self._table.hold([task for task in self._undoing.unseen if task in set(begin.wanted) - begin.hold])
 
     def _on_rank_joined(self, event: RankJoined) -> None:
         known = self._ranks.incarnation(event.rank)
@@ -159,16 +192,21 @@ class Scheduler:
         if self._ranks.incarnation(event.rank) != event.incarnation:
             return
         for task, attempt in self._ranks.lose(event.rank):
-            if self._is_current(task, attempt):
+            if event.certain:
+                self._undoing.is_over(task, attempt)
+            if self._undoing.rolling == (task, attempt):
+                self._undoing.stopped()
+            elif self._is_current(task, attempt):
                 self._count_loss(task, "rank-lost", f"rank {event.rank} (incarnation {event.incarnation}) was lost")
 
     def _on_finished(self, event: TaskFinished) -> None:
         task, attempt = event.task, event.attempt
         self._check_attempt(task, attempt)
+        self._undoing.is_over(task, attempt)
         if not (self._ranks.end(task, attempt) and self._is_current(task, attempt)):
             held = self._table.held[task]
             if held is None or held.attempt != attempt:  # late, not just said twice
-                self._release(task, attempt)
+                self.released(task, attempt)
             return
         incarnation = self._ranks.incarnation(event.rank)
         self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
@@ -180,6 +218,7 @@ class Scheduler:
         self._check_attempt(task, event.attempt)
         if event.kind not in _FAILURES:
             raise ValueError(f"TaskFailed of kind {event.kind!r}: {self.story(task)}")
+        self._undoing.is_over(task, event.attempt)
         if not (self._ranks.end(task, event.attempt) and self._is_current(task, event.attempt)):
             return
         if event.kind in ("rank-lost", "lost-input", "storage"):
@@ -196,6 +235,8 @@ class Scheduler:
     def _on_committed(self, event: TaskCommitted) -> None:
         task = event.task
         self._check_attempt(task, event.attempt)
+        if self._undoing.is_void(task, event.attempt):
+            return
         self._committing.pop(task, None)
         if task in self._table.committed:
             return
@@ -225,6 +266,77 @@ class Scheduler:
     def _on_cancel(self, event: Cancel) -> None:
         self._end(Finish("CANCELED", self.spec.output))
 
+    # ----------------------------------------------------------------------------------- undoing what is void (R5, R10)
+    def _on_attempts_over(self, event: AttemptsOver) -> None:
+        for task, attempt in event.attempts:
+            self._undoing.is_over(task, attempt)
+
+    def _on_voided(self, event: Voided) -> None:
+        self._undoing.voided(event.task)
+
+    def _on_rolled_back(self, event: RolledBack) -> None:
+        if self._undoing.rolling == (event.task, event.attempt):
+            self._ranks.end(event.task, event.attempt)
+            self._undoing.rolled_back()
+
+    def _on_rollback_failed(self, event: RollbackFailed) -> None:
+        if self._undoing.rolling != (event.task, event.attempt):
+            return
+        self._ranks.end(event.task, event.attempt)
+        self._undoing.stopped()
+        count = self._failures if not event.lost else self._losses
+        count[event.task] = count.get(event.task, 0) + 1
+        allowed = self._settings.max_rank_losses if event.lost else self.spec.tasks[event.task].max_retries
+        if count[event.task] > allowed:
+            self._end(Finish("FAILED", event.task, "rollback", event.error))
+
+    def _go_on_undoing(self) -> None:
+        task = self._undoing.next()
+        if task is not None and self._ranks.has_room(takes_worker=True):
+            rank = self._ranks.choose({}, takes_worker=True)
+            assert rank is not None, "there is room"
+            self._attempt[task] += 1
+            self._ranks.start(task, self._attempt[task], rank, True)
+            self._out.append(self._undoing.start(task, self._attempt[task], rank))
+        for task in self._undoing.free():
+            self._table.let_go(task)
+
+    def _refuse(self, task: int, effect: int) -> None:
+        names = self.spec.tasks
+        self._end(
+            Finish(
+                "FAILED",
+                task,
+                "nondeterminism",
+                f"task {names[task].name!r} would have to run again, and may give another value, but the effect of task "
+                f"{names[effect].name!r} is for good and stands on the first one: declare {names[task].name!r} "
+                f"deterministic=False, so that it is committed first, or give {names[effect].name!r} a rollback",
+            )
+        )
+
+    # what the table tells (`TableListener`)
+    def released(self, task: int, attempt: int) -> None:
+        self._out.append(Release(task, attempt))
+
+    def voided(self, task: int, running: bool, committed: bool) -> None:
+        self._undoing.give_up(task, self._attempt[task])
+        if running:
+            self._cancel_attempt(task)
+        if self._committing.pop(task, None) is not None or committed:
+            self._out.append(self._undoing.void(task))
+        if task in self._undoing.effects:
+            if not self.spec.tasks[task].rollback:
+                above = [index for index in self._table.wanted if index not in self._table.committed]
+                self._refuse(above[0], task)
+            self._undoing.undo([task])
+
+    def repeated(self, task: int) -> None:
+        if not self.spec.tasks[task].idempotent:
+            self._undoing.undo([task])
+
+    def held_back(self, tasks: Iterable[int]) -> None:
+        self._undoing.hold(tasks)
+
     # ------------------------------------------------------------------------------------------------------ pieces
     def _is_current(self, task: int, attempt: int) -> bool:
         running = self._table.state[task] is TaskState.RUNNING and self._attempt[task] == attempt
@@ -234,9 +346,6 @@ class Scheduler:
         if not 0 <= task < len(self._attempt) or attempt > self._attempt[task]:
             known = self.story(task) if 0 <= task < len(self._attempt) else "there is no such task"
             raise ValueError(f"attempt {attempt} of task {task} was never dispatched: {known}")
-
-    def _release(self, task: int, attempt: int) -> None:
-        self._out.append(Release(task, attempt))
 
     def _commit(self, task: int) -> None:
         held = self._table.held[task]
@@ -268,7 +377,24 @@ class Scheduler:
                 task = self._table.pop_ready(takes_worker)
                 if task is None:
                     break
-                self._dispatch_one(task, takes_worker)
+                if not self._awaits_commit(task):
+                    self._dispatch_one(task, takes_worker)
+
+    def _awaits_commit(self, task: int) -> bool:
+        """Whether an external task has to wait, since its rollback could not be given what the task is given.
+
+        Small inputs are kept with the record of the start; a large one has to be committed.
+        """
+        if not self.spec.tasks[task].rollback:
+            return False
+        for upstream in self.spec.tasks[task].data:
+            held = self._table.held[upstream]
+            if held is not None and held.nbytes > INLINE_LIMIT and upstream not in self._table.committed:
+                self._table.await_commit(task, upstream)
+                if upstream not in self._committing:
+                    self._commit(upstream)
+                return True
+        return False
 
     def _dispatch_one(self, task: int, takes_worker: bool) -> None:
         inputs = []
@@ -287,6 +413,8 @@ class Scheduler:
         self._ranks.start(task, self._attempt[task], rank, takes_worker)
         self._run.add(task)
         self._dispatches += 1
+        if self.spec.tasks[task].external:
+            self._undoing.began(task, self._attempt[task])
         self._out.append(Dispatch(task, self._attempt[task], rank, tuple(inputs)))
 
     def _end(self, finish: Finish) -> None:
@@ -305,7 +433,7 @@ class Scheduler:
             if not self._committing:
                 self._finished = True
                 self._out.append(self._ending)
-        elif self._started and not self._table.due:
+        elif self._started and not self._table.due and self._undoing.is_idle:
             self._finished = True
             self._cancel_all()
             self._out.append(Finish("SUCCESSFUL", self.spec.output))
@@ -320,5 +448,9 @@ _HANDLERS: dict[type, Any] = {
     TaskCommitted: Scheduler._on_committed,
     CommitFailed: Scheduler._on_commit_failed,
     ObjectsLost: Scheduler._on_objects_lost,
+    AttemptsOver: Scheduler._on_attempts_over,
+    Voided: Scheduler._on_voided,
+    RolledBack: Scheduler._on_rolled_back,
+    RollbackFailed: Scheduler._on_rollback_failed,
     Cancel: Scheduler._on_cancel,
 }

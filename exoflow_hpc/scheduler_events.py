@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "AttemptsOver",
     "Cancel",
     "CancelAttempt",
     "Commit",
@@ -23,10 +24,15 @@ __all__ = [
     "RankJoined",
     "RankLost",
     "Release",
+    "Rollback",
+    "RollbackFailed",
+    "RolledBack",
     "Start",
     "TaskCommitted",
     "TaskFailed",
     "TaskFinished",
+    "Void",
+    "Voided",
 ]
 
 
@@ -47,10 +53,46 @@ class RankJoined:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """A rank is out of the view. Which outputs are gone with it is told apart, by `ObjectsLost`."""
+    """A rank is out of the view. Which outputs are gone with it is told apart, by `ObjectsLost`.
+
+    certain: its workers are dead. If not, external tasks that ran there may still have their effects, until `AttemptsOver` (R10b).
+    """
 
     rank: int
     incarnation: int
+    certain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptsOver:
+    """Attempts (task, attempt) that were lost from sight are certainly over: the lease of whoever ran them has ended (R10b)."""
+
+    attempts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Voided:
+    """The journal durably says that the output of a task is void, or never said anything else (see `Void`)."""
+
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """The journal durably says that the effect of a task is undone (see `Rollback`)."""
+
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackFailed:
+    """A rollback ended without that. lost: its rank did, or its worker; else the function raised."""
+
+    task: int
+    attempt: int
+    error: Any = None
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +153,21 @@ class Cancel:
     """The user wants the workflow to stop."""
 
 
-Event = Start | RankJoined | RankLost | TaskFinished | TaskFailed | TaskCommitted | CommitFailed | ObjectsLost | Cancel
+Event = (
+    Start
+    | RankJoined
+    | RankLost
+    | TaskFinished
+    | TaskFailed
+    | TaskCommitted
+    | CommitFailed
+    | ObjectsLost
+    | AttemptsOver
+    | Voided
+    | RolledBack
+    | RollbackFailed
+    | Cancel
+)
 
 
 # ------------------------------------------------------------------------------------------------------ instructions
@@ -126,7 +182,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Run *attempt* of a task on a rank. Inputs are in the order of `TaskSpec.data`. A reduce takes no worker."""
+    """Run *attempt* of a task on a rank. Inputs are in the order of `TaskSpec.data`. A reduce takes no worker.
+
+    An external task is to be sent there only after a durable record of its start (R10a).
+    """
 
     task: int
     attempt: int
@@ -160,13 +219,29 @@ class CancelAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Void:
+    """Void the output of a task, and whatever of it is on its way into the journal (R5); answer with `Voided`."""
+
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Undo the effect of a task on a rank, as *attempt*; answer with `RolledBack` or `RollbackFailed`."""
+
+    task: int
+    attempt: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The run is over; the last instruction there is.
 
     status: ``"SUCCESSFUL"`` (the output, and every promised checkpoint, is durable), ``"FAILED"``, ``"CANCELED"``, or
     ``"RESUMABLE"`` (it was not the workflow's fault, as with a full disk: resume when that is repaired).
     task: the one that failed, or else the one whose output is the workflow's. kind: of the failure, as in
-    `TaskFailed`, or ``"commit"``; empty if there was none.
+    `TaskFailed`, or ``"commit"``, ``"rollback"``, ``"nondeterminism"``; empty if there was none.
     """
 
     status: str
@@ -175,7 +250,7 @@ class Finish:
     error: Any = None
 
 
-Instruction = Dispatch | Commit | Release | CancelAttempt | Finish
+Instruction = Dispatch | Commit | Release | CancelAttempt | Void | Rollback | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,5 +263,5 @@ class Counters:
     skipped: int = 0
     #: starts beyond the first of each task, for whatever reason
     rerun: int = 0
-    #: effects that were undone; this version has no rollbacks
+    #: effects that were undone
     rolled_back: int = 0

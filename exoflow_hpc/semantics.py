@@ -1,22 +1,38 @@
 """The rules of exactly-once as pure functions of a DAG, its annotations and what the journal says. No I/O, no clock.
 
-R1 to R12 are the rules of ``docs/guarantees.md``. What is *needed*, *void* or *has to be committed first* is decided here; when that is
-done, and by whom, elsewhere.
+What may be run at all (R4), what has to be committed before what (R3), what is void after a loss, what has to be undone, and in which
+order (R5), what runs again (R6). The rules are those of ``docs/guarantees.md``; they go back to ExoFlow (OSDI 2023, section 4).
+
+Tasks are indices in `WorkflowSpec.tasks`. All functions are iterative: a chain of 10,000 tasks is no deeper for them than one of 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from .errors import IllegalAnnotationError
 from .spec import TaskSpec
 
-__all__ = ["check_annotations"]
+__all__ = [
+    "Plan",
+    "check_annotations",
+    "descendants",
+    "gates",
+    "is_irrevocable",
+    "known_to_have_happened",
+    "must_run_again",
+    "plan",
+    "wanted",
+]
 
 
 def check_annotations(tasks: Sequence[TaskSpec]) -> None:
     """IllegalAnnotationError for a task whose effect could be neither repeated nor undone (R4), or that contradicts itself."""
     for task in tasks:
+        if task.kind == "reduce" and (task.external or not task.deterministic):
+            option = "external=True" if task.external else "deterministic=False"
+            raise IllegalAnnotationError(f"reduce {task.name!r} can't be {option}: it only adds up what others made")
         if not task.external:
             if task.rollback or task.idempotent:
                 option = "rollback" if task.rollback else "idempotent"
@@ -31,3 +47,224 @@ def check_annotations(tasks: Sequence[TaskSpec]) -> None:
                 "or have it use ef.context().idempotency_key with a service that drops what it has seen, and say so with "
                 "idempotent=True"
             )
+
+
+def is_irrevocable(task: TaskSpec) -> bool:
+    """Whether the task has an effect that can't be undone."""
+    return task.external and not task.rollback
+
+
+# ---------------------------------------------------------------------------------------------------- what runs (R6)
+def descendants(tasks: Sequence[TaskSpec], sources: Iterable[int]) -> list[int]:
+    """Return, in topological order, the tasks whose outputs were computed from those of *sources*."""
+    roots = set(sources)
+    found: set[int] = set()
+    for task in tasks[min(roots, default=len(tasks)) + 1 :]:
+        if not roots.isdisjoint(task.data) or not found.isdisjoint(task.data):
+            found.add(task.index)
+    return sorted(found)
+
+
+def wanted(
+    tasks: Sequence[TaskSpec], roots: Iterable[int], committed: Container[int], happened: Container[int] = ()
+) -> list[int]:
+    """Return, in topological order, the tasks that a run has to execute for *roots*, given those *committed* by earlier ones.
+
+    Control edges count like data: what an uncommitted task waits for happens (again) first, unless it is known to have
+    *happened*.
+    """
+    found: set[int] = set()
+    pending = list(roots)
+    while pending:
+        index = pending.pop()
+        if index in found or index in committed:
+            continue
+        found.add(index)
+        task = tasks[index]
+        pending.extend(task.data)
+        pending.extend(other for other in task.after if other not in happened)
+        pending.extend(task.barriers)
+    return sorted(found)
+
+
+def known_to_have_happened(tasks: Sequence[TaskSpec], begun: Collection[int]) -> set[int]:
+    """Return the tasks that have finished once, given that those *begun* were started: all that these had to wait for."""
+    found: set[int] = set()
+    for task in reversed(tasks):
+        if task.index in begun or task.index in found:
+            found.update(task.data, task.after, task.barriers)
+    return found
+
+
+def must_run_again(
+    tasks: Sequence[TaskSpec], lost: Iterable[int], is_needed: Callable[[int], bool], is_gone: Callable[[int], bool]
+) -> list[int]:
+    """Return, in topological order, what has to run again after outputs were *lost*.
+
+    is_needed: whether a task has a consumer that still has to start, or a promise to be committed. is_gone: whether
+    its output is neither committed, nor in memory, nor being made. Control edges do not count: what they wait for has
+    happened in this run.
+    """
+    found: set[int] = set()
+    pending = [index for index in lost if is_needed(index)]
+    while pending:
+        index = pending.pop()
+        if index in found or not is_gone(index):
+            continue
+        found.add(index)
+        pending.extend(tasks[index].data)
+    return sorted(found)
+
+
+# --------------------------------------------------------------------------------------- what is void, and undone (R5)
+@dataclass(frozen=True)
+class Plan:
+    """What a run begins with."""
+
+    #: tasks whose outputs stand
+    committed: frozenset[int]
+    #: committed tasks that are void: they were computed from a value that is lost
+    void: tuple[int, ...]
+    #: external tasks whose effects have to be undone before anything of `hold` runs
+    undo: frozenset[int]
+    #: tasks that must not start before that
+    hold: frozenset[int]
+    #: tasks that have to run, in topological order
+    wanted: tuple[int, ...]
+    #: tasks that have finished once, in this run or another, and are not void
+    happened: frozenset[int]
+    #: task with an irrevocable effect → tasks that are committed before it starts, whatever their options say (R3)
+    gates: dict[int, frozenset[int]] = field(default_factory=dict)
+    #: (task that would give another value, effect for good that stands on the first one): the rules can't be kept
+    conflict: tuple[int, int] | None = None
+
+
+def plan(
+    tasks: Sequence[TaskSpec],
+    output: int,
+    committed: Collection[int],
+    effects: Sequence[int] = (),
+    deviant: Container[int] = (),
+) -> Plan:
+    """Return what a run begins with, given what the journal says.
+
+    effects: external tasks that were started and not rolled back since, finished or not. deviant: tasks that are taken to be
+    deterministic, but have given two outputs (R12).
+    """
+    standing, touched = set(committed), set(committed) | set(effects)
+    roots, void = {output}, set[int]()
+    while True:
+        happened = known_to_have_happened(tasks, standing | (set(effects) - void))
+        needed = wanted(tasks, roots, standing, happened - void)
+        sources = [index for index in needed if _varies(tasks[index], deviant)]
+        fresh = [index for index in descendants(tasks, sources) if index in touched and index not in void]
+        if not fresh:
+            break
+        void.update(fresh)
+        standing.difference_update(fresh)
+        # an effect that is undone has to come again, also if nobody needs the output for anything else
+        roots.update(index for index in fresh if tasks[index].external)
+    again = set(needed)
+    undo = {
+        index
+        for index in effects
+        if index in void or (index in again and tasks[index].rollback and not tasks[index].idempotent)
+    }
+    conflict = None
+    for index in sorted(undo):
+        if is_irrevocable(tasks[index]):
+            above = [s for s in sources if index in descendants(tasks, [s])]
+            conflict = (above[0], index)
+            break
+    hold = undo & again
+    if void or undo:
+        hold.update(sources)
+    return Plan(
+        frozenset(standing),
+        tuple(sorted(void & set(committed))),
+        frozenset(undo),
+        frozenset(hold),
+        tuple(needed),
+        frozenset((standing | happened) - void),
+        gates(tasks, output, needed, standing, deviant),
+        conflict,
+    )
+
+
+def _varies(task: TaskSpec, deviant: Container[int]) -> bool:
+    return not task.deterministic or task.index in deviant
+
+
+# -------------------------------------------------------------------------------------------------- output commit (R3)
+def gates(
+    tasks: Sequence[TaskSpec],
+    output: int,
+    needed: Sequence[int],
+    committed: Container[int],
+    deviant: Container[int] = (),
+) -> dict[int, frozenset[int]]:
+    """Return, for each of the tasks *needed* with an irrevocable effect, which tasks have to be committed before it starts.
+
+    Those that vary and that its inputs come from, unless one can never be needed again by then: all its other consumers are
+    committed by then, or behind tasks that are.
+    """
+    ends = [index for index in needed if is_irrevocable(tasks[index])]
+    if not ends:
+        return {}
+    consumers: dict[int, list[int]] = {}
+    #: task → bits of what it is computed from, itself left out; committed tasks hide what is behind them
+    above: dict[int, int] = {}
+    varying = 0
+    for index in needed:
+        bits = 0
+        for source in tasks[index].data:
+            consumers.setdefault(source, []).append(index)
+            if source not in committed:
+                bits |= above.get(source, 0) | 1 << source
+        above[index] = bits
+        if _varies(tasks[index], deviant):
+            varying |= 1 << index
+    found = {}
+    for end in ends:
+        before = above[end]
+        guards = {
+            index for index in _bits(before & varying) if not _is_cut_off(tasks, output, index, before, consumers)
+        }
+        if guards:
+            found[end] = frozenset(guards)
+    return found
+
+
+def _bits(number: int) -> list[int]:
+    found = []
+    while number:
+        low = number & -number
+        found.append(low.bit_length() - 1)
+        number ^= low
+    return found
+
+
+def _is_cut_off(
+    tasks: Sequence[TaskSpec], output: int, source: int, before: int, consumers: dict[int, list[int]]
+) -> bool:
+    """Whether nobody can need *source* again once the tasks *before* (bits) that are ``"sync"`` are committed."""
+    if _is_promised(tasks, output, source):
+        return False
+    pending, seen = [source], {source}
+    while pending:
+        for index in consumers.get(pending.pop(), ()):
+            if index in seen:
+                continue
+            seen.add(index)
+            if not before >> index & 1:  # it may still have to run when the effect has happened
+                return False
+            if tasks[index].checkpoint == "sync":
+                continue
+            if _is_promised(tasks, output, index):
+                return False
+            pending.append(index)
+    return True
+
+
+def _is_promised(tasks: Sequence[TaskSpec], output: int, index: int) -> bool:
+    return tasks[index].checkpoint != "skip" or index == output

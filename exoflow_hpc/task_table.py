@@ -1,20 +1,20 @@
 """Where each task of a run stands: the scheduler's tables, and the transitions between their states.
 
 Whether an output counts is decided by its checkpoint mode: *usable* means committed, or in memory and not ``"sync"``.
-A task is READY when all its inputs are usable and its control edges have been met once.
+A task is READY when all its inputs are usable, its control edges are met, and nothing holds it back.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from .recovery import must_run_again, wanted
+from .semantics import Plan, descendants, must_run_again
 from .spec import WorkflowSpec
 
-__all__ = ["Held", "TaskState", "TaskTable"]
+__all__ = ["Held", "TableListener", "TaskState", "TaskTable"]
 
 
 class TaskState(Enum):
@@ -45,57 +45,86 @@ class Held(NamedTuple):
     nbytes: int
 
 
+class TableListener(Protocol):
+    """Who hears of what a change in the table leads to. Called in the middle of it: to be written down, and acted on later."""
+
+    def released(self, task: int, attempt: int) -> None:
+        """An output in memory is needed by nobody any more."""
+
+    def voided(self, task: int, running: bool, committed: bool) -> None:
+        """What was computed from a lost value is void; running: while its latest attempt was; committed: the journal names it."""
+
+    def repeated(self, task: int) -> None:
+        """An external task that was started has to run again, though what it was given stands."""
+
+    def held_back(self, tasks: Iterable[int]) -> None:
+        """Tasks must not start before all that is void is undone; `TaskTable.let_go` ends that, once for each."""
+
+
 class TaskTable:
     """The state of all tasks. Costs are proportional to the edges that a change touches.
 
-    release: called with (task, attempt) when an output in memory is needed by nobody any more.
+    varying: tasks that may give another output when they run again. effects: external tasks that were started and not undone; the
+    caller keeps it.
     """
 
-    def __init__(self, spec: WorkflowSpec, committed: Iterable[int], release: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, spec: WorkflowSpec, varying: Collection[int], effects: Collection[int], listener: TableListener
+    ) -> None:
         count = len(spec.tasks)
         self.tasks = spec.tasks
         self.output = spec.output
-        self._release = release
-        #: only ever grows: a committed task never runs again
-        self.committed = set(committed)
+        self._varying = varying
+        self._effects = effects
+        self._listener = listener
+        #: tasks whose outputs are durable, and not void
+        self.committed: set[int] = set()
         self.state = [TaskState.IDLE] * count
         #: not None exactly for DONE tasks
         self.held: list[Held | None] = [None] * count
         #: tasks that this run executes, in topological order
-        self.wanted: list[int] = []
-        #: those of `wanted` that are promised to be committed and are not yet; the run is over when it is empty
+        self.wanted: tuple[int, ...] = ()
+        #: those of `wanted` that are to be committed, by their options or by the rules (R3)
+        self.promised: set[int] = set()
+        #: those of `promised` that are not committed yet; the run is over when it is empty
         self.due: set[int] = set()
         #: for pending tasks: data dependencies that are not usable
         self.missing = [0] * count
-        #: control edges not met yet; once met they stay met, so it never grows after `begin`
+        #: for wanted tasks: control edges that are not met, and reasons to hold them back
         self.blocked = [0] * count
         #: consumers (wanted, by data) that are pending or RUNNING: who may still read the output
         self.readers = [0] * count
-        #: whether the task has finished once, in this run or before
-        self.happened = [index in self.committed for index in range(count)]
+        #: whether the task has finished once, in this run or before, and was not voided since
+        self.happened = [False] * count
         self._consumers: list[list[int]] = [[] for _ in range(count)]
+        #: wanted tasks that wait until it has happened, and until it is committed
         self._followers: list[list[int]] = [[] for _ in range(count)]
         self._barred: list[list[int]] = [[] for _ in range(count)]
         #: heaps of ready tasks, by whether they take a worker; entries whose task is no longer READY are skipped
         self._ready: dict[bool, list[int]] = {True: [], False: []}
 
-    def begin(self) -> None:
-        """Find out what is wanted, and make what can start READY."""
-        self.wanted = wanted(self.tasks, self.output, self.committed)
+    def begin(self, plan: Plan) -> None:
+        """Take what stands and what is wanted, and make what can start READY."""
+        self.committed = set(plan.committed)
+        self.wanted = plan.wanted
+        for index in plan.happened:
+            self.happened[index] = True
+        forced = set().union(*plan.gates.values()) if plan.gates else set()
         for index in self.wanted:
             task = self.tasks[index]
-            if task.checkpoint != "skip" or index == self.output:
-                self.due.add(index)
+            undone = index in plan.undo  # it must come again, so its end must be known for good
+            if task.checkpoint != "skip" or index == self.output or index in forced or undone:
+                self.promised.add(index)
             for upstream in task.data:
                 self._consumers[upstream].append(index)
             for upstream in task.after:
-                if not self.happened[upstream]:
-                    self._followers[upstream].append(index)
-                    self.blocked[index] += 1
-            for upstream in task.barriers:
-                if upstream not in self.committed:
-                    self._barred[upstream].append(index)
-                    self.blocked[index] += 1
+                self._followers[upstream].append(index)
+                self.blocked[index] += not self.happened[upstream]
+            for upstream in {*task.barriers, *plan.gates.get(index, ())}:
+                self._barred[upstream].append(index)
+                self.blocked[index] += upstream not in self.committed
+        self.due = set(self.promised)
+        self.hold(plan.hold)
         self._await_inputs(self.wanted)
 
     # ------------------------------------------------------------------------------------------------- transitions
@@ -112,9 +141,20 @@ class TaskTable:
     def requeue(self, task: int) -> None:
         """A RUNNING task has to run again, and so has any input lost while it ran."""
         self.state[task] = TaskState.WAITING
+        self._repeat([task])
         self.missing[task] = self._count_missing(task)
         self._make_ready(task)
-        self._run_again(self.tasks[task].data)
+        spec = self.tasks[task]
+        open_edges = [index for index in (*spec.after, *spec.barriers) if not self.happened[index]]
+        self._run_again([*spec.data, *open_edges])
+
+    def await_commit(self, task: int, upstream: int) -> None:
+        """A RUNNING task, which was not sent anywhere, waits until the output of *upstream* is committed."""
+        self.promised.add(upstream)
+        self.due.add(upstream)
+        self._barred[upstream].append(task)
+        self.blocked[task] += 1
+        self.state[task] = TaskState.WAITING
 
     def finish(self, task: int, held: Held) -> None:
         """The output of a RUNNING task is in memory."""
@@ -152,12 +192,18 @@ class TaskTable:
             self.held[task] = None
             self.state[task] = TaskState.IDLE
             if was_usable and task not in self.committed:
-                for consumer in self._consumers[task]:
-                    if self.state[consumer] in _PENDING:
-                        self.state[consumer] = TaskState.WAITING
-                        self.missing[consumer] += 1
+                self._withdraw(task)
         self._run_again(news)
         return news
+
+    def hold(self, tasks: Iterable[int]) -> None:
+        """Keep tasks that have not been dispatched from being so; the listener is told, and `let_go` ends it."""
+        self._block(tasks)
+        self._listener.held_back(tasks)
+
+    def let_go(self, task: int) -> None:
+        """End one `hold`."""
+        self._unblock((task,))
 
     # ------------------------------------------------------------------------------------------------------- pieces
     def is_usable(self, task: int) -> bool:
@@ -167,7 +213,7 @@ class TaskTable:
     def _count_missing(self, task: int) -> int:
         return sum(not self.is_usable(upstream) for upstream in self.tasks[task].data)
 
-    def _await_inputs(self, tasks: list[int]) -> None:
+    def _await_inputs(self, tasks: Collection[int]) -> None:
         """Make IDLE *tasks* WAITING for their inputs, or READY."""
         for task in tasks:
             self.state[task] = TaskState.WAITING
@@ -189,16 +235,28 @@ class TaskTable:
                 self.missing[consumer] -= 1
                 self._make_ready(consumer)
 
+    def _withdraw(self, task: int) -> None:
+        """The output is not usable any more."""
+        for consumer in self._consumers[task]:
+            if self.state[consumer] in _PENDING:
+                self.state[consumer] = TaskState.WAITING
+                self.missing[consumer] += 1
+
     def _mark_happened(self, task: int) -> None:
         if not self.happened[task]:
             self.happened[task] = True
             self._unblock(self._followers[task])
 
-    def _unblock(self, tasks: list[int]) -> None:
+    def _block(self, tasks: Iterable[int]) -> None:
+        for task in tasks:
+            self.blocked[task] += 1
+            if self.state[task] is TaskState.READY:
+                self.state[task] = TaskState.WAITING
+
+    def _unblock(self, tasks: Iterable[int]) -> None:
         for task in tasks:
             self.blocked[task] -= 1
             self._make_ready(task)
-        tasks.clear()
 
     def _stop_reading(self, task: int) -> None:
         """The task reads its inputs no more: free what nobody else reads, do not make again what nobody waits for."""
@@ -218,14 +276,76 @@ class TaskTable:
         if held and not self.readers[task] and task not in self.due and task != self.output:
             self.held[task] = None
             self.state[task] = TaskState.IDLE
-            self._release(task, held.attempt)
+            self._listener.released(task, held.attempt)
 
+    # ------------------------------------------------------------------------------------------ what runs again (R5, R6)
     def _run_again(self, lost: Iterable[int]) -> None:
-        self._await_inputs(must_run_again(self.tasks, lost, self._is_needed, self._is_gone))
+        seeds, void, sources = list(lost), set[int](), list[int]()
+        while True:
+            again = must_run_again(self.tasks, seeds, self._is_needed, self._is_gone)
+            sources = [index for index in again if index in self._varying]
+            stale = descendants(self.tasks, sources) if sources else []
+            fresh = [index for index in stale if index not in void and self._is_touched(index)]
+            if not fresh:
+                break
+            void.update(fresh)
+            for index in fresh:
+                seeds.append(index)
+                if self.state[index] is TaskState.RUNNING:
+                    seeds.extend(self.tasks[index].data)
+                self._void(index)
+        if void:
+            self.hold({*sources, *(index for index in void if index in self._effects)})
+        self._repeat([index for index in again if index not in void])
+        self._await_inputs(again)
+        for index in void:
+            if self.state[index] is TaskState.WAITING and index not in again:  # it was RUNNING, or about to run again
+                self.missing[index] = self._count_missing(index)
+                self._make_ready(index)
+
+    def _repeat(self, tasks: Iterable[int]) -> None:
+        """What had been started outside must not start again before that is over, and undone where it isn't harmless."""
+        for index in tasks:
+            if index in self._effects:
+                self.hold((index,))
+                self._listener.repeated(index)
 
     def _is_needed(self, task: int) -> bool:
         # a RUNNING consumer may have read the lost output already; if not it comes back with "lost-input"
-        return task in self.due or any(self.state[consumer] in _PENDING for consumer in self._consumers[task])
+        if task in self.due or any(self.state[consumer] in _PENDING for consumer in self._consumers[task]):
+            return True
+        # only what was voided has followers that wait for it although it had happened
+        return not self.happened[task] and any(self.state[other] in _PENDING for other in self._followers[task])
 
     def _is_gone(self, task: int) -> bool:
         return self.state[task] is TaskState.IDLE and task not in self.committed
+
+    def _is_touched(self, task: int) -> bool:
+        """Whether anything came of a value that the task was given."""
+        present = task in self.committed or self.held[task] is not None or self.state[task] is TaskState.RUNNING
+        return present or task in self._effects
+
+    def _void(self, task: int) -> None:
+        """Take back what the task has made of a value that is lost."""
+        was_usable, was_committed = self.is_usable(task), task in self.committed
+        running, held = self.state[task] is TaskState.RUNNING, self.held[task]
+        self.committed.discard(task)
+        self.held[task] = None
+        if running:
+            self.state[task] = TaskState.WAITING
+        elif held is not None:
+            self.state[task] = TaskState.IDLE
+        if was_usable:
+            self._withdraw(task)
+        if self.happened[task]:
+            self.happened[task] = False
+            self._block(self._followers[task])
+        if was_committed:
+            self._block(self._barred[task])
+        if task in self._effects:  # undone, it has to come again
+            self.promised.add(task)
+        if task in self.promised:
+            self.due.add(task)
+        if held is not None:
+            self._listener.released(task, held.attempt)
+        self._listener.voided(task, running, was_committed)

@@ -77,8 +77,8 @@ class Agent:
         self._controller = -1
         self._spec: WorkflowSpec | None = None
         self._jobs: dict[tuple[int, int], Job] = {}
-        #: objects that were read from checkpoints
-        self._loaded: dict[int, ObjectID] = {}
+        #: (task, attempt) → object that was read from its checkpoint
+        self._loaded: dict[tuple[int, int], ObjectID] = {}
         #: reads checkpoints and reduces in order, which would hold up the loop
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="exoflow-agent")
         self._reducer = Reducer(store, loop, self._helpers, self._finished, self._failed)
@@ -174,8 +174,8 @@ class Agent:
                 job.inputs[position] = InlineInput(Meta.from_wire(place.meta), place.data)
             elif place.kind == "memory":
                 self._fetch(job, position, self._id(place.task, place.attempt))
-            elif place.task in self._loaded:
-                self._fetch(job, position, self._loaded[place.task])
+            elif (place.task, place.attempt) in self._loaded:
+                self._fetch(job, position, self._loaded[place.task, place.attempt])
             else:
                 job.coming[position] = ObjectID.random()  # any: it isn't looked for while it is read
                 self._helpers.submit(self._read, job, position, place, self.workflow_dir)
@@ -214,7 +214,10 @@ class Agent:
             meta, data = checkpoint.read(workflow_dir, place.file, place.entry, place.checksum)
         except CorruptCheckpointError as error:
             text = str(error)
-            self._loop.post(lambda: self._found_corrupt(job, place, text))
+            if place.kind == "kept":
+                self._loop.post(lambda: self._failed(job, Failure("lost-input", text)))
+            else:
+                self._loop.post(lambda: self._found_corrupt(job, place, text))
         except Exception as error:  # whatever it is: the attempt must not wait for ever
             kind = "storage" if isinstance(error, StorageError) else "lost-input"
             failure = Failure(kind, str(error) or repr(error))
@@ -230,7 +233,7 @@ class Agent:
     def _was_read(self, job: Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
         if job.over:
             return
-        oid = self._loaded.get(place.task)
+        oid = self._loaded.get((place.task, place.attempt)) if place.kind == "checkpoint" else None
         if oid is None:
             oid = ObjectID.random()
             try:
@@ -238,7 +241,9 @@ class Agent:
             except HopliteError as error:
                 self._failed(job, Failure("lost-input", f"no room for input {position}: {error}"))
                 return
-            self._loaded[place.task] = oid
+            # what is kept for a rollback may be any attempt's: under a key that is used once only
+            key = (place.task, place.attempt) if place.kind == "checkpoint" else (-1 - position, job.run.attempt)
+            self._loaded[key] = oid
         self._fetch(job, position, oid)
 
     def _start_if_complete(self, job: Job) -> None:
@@ -254,16 +259,19 @@ class Agent:
     def _submit(self, job: Job) -> None:
         assert self._spec is not None and self._begun is not None
         run, task, spec = job.run, job.task, self._spec
+        blobs = (*task.needed_blobs, task.rollback) if run.rollback else task.needed_blobs
         request = TaskRequest(
-            identity=TaskIdentity(self._begun.workflow_id, task.name, 0, run.attempt, run.epoch),
+            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, run.attempt, run.epoch),
             function=task.function,
             retry=task.retry,
             args=task.args,
-            blobs={key: spec.blobs[key] for key in task.needed_blobs},
+            blobs={key: spec.blobs[key] for key in blobs},
             inputs=job.inputs,
             output=job.output,
             inline_limit=self._store.inline_limit,
             sys_path=spec.sys_path,
+            rollback=task.rollback if run.rollback else "",
+            result=len(task.data) if run.rollback and len(run.inputs) > len(task.data) else -1,
         )
         job.handle = self._pool.submit(
             request,

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from exoflow_hpc import records, serialize
 from exoflow_hpc import scheduler_events as ev
-from exoflow_hpc.errors import ExoFlowError, FencedError
-from exoflow_hpc.history import committed_tasks, voided_tasks
+from exoflow_hpc.errors import ExoFlowError, FencedError, NondeterminismError
+from exoflow_hpc.history import facts_of
 from exoflow_hpc.journal import Journal
 from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
+from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
-from exoflow_hpc.recovery import descendants
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi import ClosedError, EvictedError
@@ -70,21 +70,29 @@ class Controller:
         self._tally = tally
         self._epoch = journal.epoch
         self._run = secrets.token_hex(8)
-        past = list(history)
+        facts = facts_of(spec, history)
         #: task → what the journal says of its output
-        self._committed = committed_tasks(spec, past)
-        #: task → checksum of an output that was committed and is void now: made again, it has to be the same
-        self._voided = voided_tasks(spec, past)
+        self._committed = facts.committed
+        #: task → attempt whose record of its commit was appended, durable or not, and was not voided since
+        self._appended = {task: record.attempt for task, record in facts.committed.items()}
+        #: task → latest attempt of it that is void: what still comes of it is dropped
+        self._void_up_to: dict[int, int] = {}
+        #: task → checksum of an output that somebody has seen: made again, it has to be the same (R12)
+        self._seen = facts.seen
+        self._varies = {t.index for t in spec.tasks if not t.deterministic} | facts.deviant
+        self._effects = Effects(spec, facts)
         self._scheduler = Scheduler(
-            spec, committed=self._committed, attempts={t: r.attempt for t, r in self._committed.items()}
+            spec,
+            committed=self._committed,
+            attempts=facts.attempts,
+            effects=list(facts.effects),
+            deviant=facts.deviant,
         )
         self._outputs: dict[int, Output] = {}
         #: task → (attempt, rank) of a write that was asked for and not answered
         self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
         self._agents: dict[int, int] = {}
-        #: committed tasks whose record is being taken back
-        self._voiding: set[int] = set()
         #: (task, attempt) → rank, of what was dispatched and not answered
         self._running: dict[tuple[int, int], int] = {}
         #: committed outputs became void: the next epoch has to begin with what is left
@@ -116,6 +124,7 @@ class Controller:
             for (task, attempt), where in list(self._running.items()):
                 if where == rank:  # its worker may have left a whole output in the node's memory
                     del self._running[task, attempt]
+                    self._effects.stopped(task, attempt)
                     self._store.delete(self._id(task, attempt))
             self._handle(ev.RankLost(rank, incarnation))
             for task, (attempt, writer) in list(self._writing.items()):
@@ -186,8 +195,13 @@ class Controller:
     def _finished(self, rank: int, message: ms.Finished) -> None:
         task = message.task
         self._running.pop((task, message.attempt), None)
+        if self._effects.is_rollback(task, message.attempt):
+            self._rolled_back(task, message.attempt)
+            return
         known = self._outputs.get(task)
         output = Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
+        if output.data is not None and self._deviates(task, serialize.checksum(output.meta, output.data)):
+            return
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes))
@@ -196,8 +210,15 @@ class Controller:
         failure = Failure.from_wire(message.error)
         self._running.pop((message.task, message.attempt), None)
         name = self._spec.tasks[message.task].name
+        undoing = self._effects.is_rollback(message.task, message.attempt)
         if failure.kind != "canceled":
-            self._progress.say(f"task {name} (attempt {message.attempt}): {failure.text}")
+            what = f"the rollback of task {name}" if undoing else f"task {name}"
+            self._progress.say(f"{what} (attempt {message.attempt}): {failure.text}")
+        if undoing:
+            self._effects.stopped(message.task, message.attempt)
+            lost = message.kind in ("rank-lost", "lost-input", "storage")
+            self._handle(ev.RollbackFailed(message.task, message.attempt, failure, lost))
+            return
         missing = tuple((task, attempt) for task, attempt in message.missing)
         self._handle(ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, missing))
 
@@ -221,28 +242,38 @@ class Controller:
     # -- outputs that are void ---------------------------------------------------------------------------------------------------
 
     def _corrupt(self, message: ms.Corrupt) -> None:
-        if self._committed[message.task].attempt != message.attempt or message.task in self._voiding:
+        record = self._committed.get(message.task)
+        if record is None or record.attempt != message.attempt:
             return
         self._progress.say(f"{message.text}; task {self._spec.tasks[message.task].name} runs again")
-        self._void([message.task], message.text, self._begin_again)
+        self._void(message.task, message.text, self._begin_again)
 
-    def _void(self, tasks: Iterable[int], text: str, durable: Callable[[], None] = lambda: None) -> None:
-        """Journal that committed outputs count as absent; *durable* is called for each."""
-        for task in tasks:
-            self._voiding.add(task)
-            record = records.TaskVoided(self._spec.tasks[task].name, self._committed[task].attempt, text)
-            self._append(record, durable)
+    def _void(self, task: int, text: str, durable: Callable[[], None]) -> None:
+        """Have a committed output count as absent; *durable* follows at once if the journal never named it."""
+        self._writing.pop(task, None)
+        self._void_up_to[task] = self._scheduler.attempt(task)
+        attempt = self._appended.pop(task, None)
+        known = self._committed.pop(task, None)
+        if known is not None:
+            self._seen.setdefault(task, known.checksum)
+        if attempt is None:
+            self._loop.post(durable)
+        else:
+            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text), durable)
 
-    def _void_consumers(self, task: int, checksum: str) -> bool:
-        """Void all that was computed from the lost output of *task* if the new one is another (R5, R12); return whether it is."""
-        before = self._voided.pop(task, checksum)
-        if before == checksum:
+    def _deviates(self, task: int, checksum: str) -> bool:
+        """Whether a task that is taken to be deterministic gave another output than one that was seen: then the run begins again (R12)."""
+        before = self._seen.setdefault(task, checksum)
+        if before == checksum or task in self._varies:
+            self._seen[task] = checksum
             return False
         name = self._spec.tasks[task].name
-        text = f"task {name} is taken to be deterministic, but gave another output than before (checksum {checksum}, not {before})"
-        stale = descendants(self._spec.tasks, task)
-        self._progress.say(f"{text}: what was computed from it runs again")
-        self._void([index for index in stale if index in self._committed], text)
+        text = (
+            f"task {name} is taken to be deterministic, but gave another output than before (checksum {checksum}, not {before}): "
+            "declare it deterministic=False"
+        )
+        self._progress.say(f"{text}; what was computed from the first one runs again")
+        self._append(records.TaskDeviated(name, text), self._begin_again)
         return True
 
     def _begin_again(self) -> None:
@@ -266,13 +297,68 @@ class Controller:
                     self._release(what)
                 case ev.CancelAttempt():
                     self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
+                case ev.Void():
+                    self._void_consumer(what.task)
+                case ev.Rollback():
+                    self._roll_back(what)
                 case ev.Finish():
                     self._finish(what)
 
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
         self._running[what.task, what.attempt] = what.rank
-        self._send(what.rank, ms.Run(self._epoch, what.task, what.attempt, [self._place(one) for one in what.inputs]))
+        places = [self._place(one) for one in what.inputs]
+        message = ms.Run(
+            self._epoch, what.task, what.attempt, self._effects.incarnation(what.task), rollback=False, inputs=places
+        )
+        if self._spec.tasks[what.task].external:
+            self._start_effect(what, message)
+        else:
+            self._send(what.rank, message)
+
+    def _start_effect(self, what: ev.Dispatch, message: ms.Run) -> None:
+        """Dispatch an external task, once the journal durably says so, and the epoch is still ours after that (R10a)."""
+        inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
+        record = self._effects.started(what.task, what.attempt, what.rank, inputs)
+
+        def durable() -> None:
+            fault.point("controller.started")
+            if self._running.get((what.task, what.attempt)) == what.rank and self.outcome is None:
+                self._send(what.rank, message)
+
+        self._append(record, durable)
+
+    def _kept(self, one: ev.Input) -> list[Any]:
+        """Return where an input is for good: what a rollback will be given."""
+        record = self._committed.get(one.task)
+        if record is not None:
+            return [record.location.to_wire(), record.meta, record.checksum]
+        output = self._outputs[one.task]
+        assert output.data is not None, "a large input was committed before"
+        return [
+            records.Inline(output.data).to_wire(),
+            output.meta.to_wire(),
+            serialize.checksum(output.meta, output.data),
+        ]
+
+    # -- effects that are undone -----------------------------------------------------------------------------------------------
+
+    def _void_consumer(self, task: int) -> None:
+        text = "it was computed from an output that is lost and may come out another one"
+        self._void(task, text, lambda: self._handle(ev.Voided(task)))
+
+    def _roll_back(self, what: ev.Rollback) -> None:
+        fault.point("controller.roll_back")
+        name = self._spec.tasks[what.task].name
+        self._progress.say(f"what task {name} did is undone")
+        self._running[what.task, what.attempt] = what.rank
+        places = self._effects.roll_back(what.task, what.attempt)
+        life = self._effects.incarnation(what.task)
+        self._send(what.rank, ms.Run(self._epoch, what.task, what.attempt, life, rollback=True, inputs=places))
+
+    def _rolled_back(self, task: int, attempt: int) -> None:
+        record = self._effects.rolled_back(task, attempt)
+        self._append(record, lambda: self._handle(ev.RolledBack(task, attempt)))
 
     def _place(self, one: ev.Input) -> ms.InputPlace:
         output = self._outputs.get(one.task)
@@ -308,16 +394,21 @@ class Controller:
     def _commit(
         self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]
     ) -> None:
-        record = records.TaskCommitted(self._spec.tasks[task].name, attempt, 0, place, checksum, nbytes, meta)
-        # before the record itself: no journal may end with the new output and what came of the old one
-        differs = self._void_consumers(task, checksum)
+        if attempt <= self._void_up_to.get(task, -1) or self._deviates(task, checksum):
+            return
+        life = self._effects.incarnation(task)
+        record = records.TaskCommitted(
+            self._spec.tasks[task].name, attempt, life, place, checksum, nbytes, meta, self._consumed(task)
+        )
+        self._appended.setdefault(task, attempt)
 
         def durable() -> None:
             fault.point("controller.committed")
-            if differs:
-                self._begin_again()
-                return
-            self._committed.setdefault(task, record)
+            if self._appended.get(task) != attempt:
+                return  # it was voided meanwhile
+            self._committed[task] = record
+            self._seen.pop(task, None)
+            self._effects.committed(task, record)
             self._progress.add_bytes(nbytes)
             self._handle(ev.TaskCommitted(task, attempt))
             self._show()
@@ -326,6 +417,11 @@ class Controller:
             self._handle(ev.CommitFailed(task, attempt, error, retryable=False))
 
         self._append(record, durable, failed)
+
+    def _consumed(self, task: int) -> list[Any]:
+        """Return what the record of a commit says of inputs that have none themselves."""
+        data = [index for index in self._spec.tasks[task].data if index not in self._committed and index in self._seen]
+        return [[self._spec.tasks[index].name, self._seen[index]] for index in data]
 
     def _append(
         self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
@@ -357,8 +453,10 @@ class Controller:
             error = None
         elif isinstance(what.error, FencedError):
             error = what.error
+        elif what.kind == "nondeterminism":
+            error = NondeterminismError(str(what.error))
         elif isinstance(what.error, Failure):
-            error = what.error.to_error(name)
+            error = what.error.to_error(f"{name} (rollback)" if what.kind == "rollback" else name)
         elif what.status != "SUCCESSFUL":
             error = what.error if isinstance(what.error, ExoFlowError) else ExoFlowError(f"task {name!r}: {what.error}")
         if what.status == "RESUMABLE":

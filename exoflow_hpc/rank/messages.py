@@ -36,7 +36,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class InputPlace:
-    """Where an input is: in ``"memory"`` (attempt), ``"inline"`` (meta, data) or a ``"checkpoint"`` (file, entry, checksum)."""
+    """Where an input is: in ``"memory"`` (attempt), ``"inline"`` (meta, data) or a ``"checkpoint"`` (file, entry, checksum).
+
+    ``"kept"``: in a checkpoint too, but perhaps void by now: for a rollback only.
+    """
 
     task: int
     kind: str
@@ -69,6 +72,9 @@ class Run:
     epoch: int
     task: int
     attempt: int
+    incarnation: int
+    #: undo its effect instead: the inputs are what it was given, and after them its output, if it is known
+    rollback: bool
     inputs: list[InputPlace]
 
 

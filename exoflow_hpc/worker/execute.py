@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import sys
@@ -68,7 +69,11 @@ class Executor:
             )
             stage, began = "call", time.perf_counter()
             with activate(context):
-                value = function(*args, **kwargs)
+                if request.rollback:
+                    self._roll_back(request, context.idempotency_key, args, kwargs, values)
+                    value = None
+                else:
+                    value = function(*args, **kwargs)
             seconds = time.perf_counter() - began
             stage = "output"
             return self._output(request, value, seconds)
@@ -90,6 +95,16 @@ class Executor:
         if function is None:
             function = self._functions[key] = load_function(_known(self._blobs, key))
         return function
+
+    def _roll_back(
+        self, request: TaskRequest, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[int, Any]
+    ) -> None:
+        """Undo the effect that the task had, or may have had, under *key*: all of its arguments as positional ones, where they can be."""
+        try:
+            args = inspect.signature(self._function(request.function)).bind(*args, **kwargs).args
+        except (TypeError, ValueError):  # a built-in that doesn't say what it takes
+            pass
+        self._function(request.rollback)(key, args, values.get(request.result))
 
     def _is_retryable(self, request: TaskRequest, error: BaseException) -> bool:
         if not request.retry:

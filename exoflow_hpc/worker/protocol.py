@@ -89,6 +89,10 @@ class TaskRequest:
     inline_limit: int = 64 * 1024
     #: directories for the begin of `sys.path`, where the task's modules are imported from
     sys_path: tuple[str, ...] = ()
+    #: key of the blob with the function that undoes the task's effect, to be called instead; empty: run the task
+    rollback: str = ""
+    #: which of the inputs is the output that the task had, for its rollback; -1: it isn't known
+    result: int = -1
 
     def to_wire(self, leave_out: Container[str] = ()) -> list[Any]:
         """Return the msgpack-able form, without the blobs *leave_out*, which the worker has already."""
@@ -102,12 +106,14 @@ class TaskRequest:
             self.retry,
             self.inline_limit,
             list(self.sys_path),
+            self.rollback,
+            self.result,
         ]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> TaskRequest:
         """Inverse of `to_wire`."""
-        identity, function, args, blobs, inputs, output, retry, inline_limit, sys_path = wire
+        identity, function, args, blobs, inputs, output, retry, inline_limit, sys_path, rollback, result = wire
         return cls(
             TaskIdentity.from_wire(identity),
             function,
@@ -118,6 +124,8 @@ class TaskRequest:
             retry,
             inline_limit,
             tuple(sys_path),
+            rollback,
+            result,
         )
 
 

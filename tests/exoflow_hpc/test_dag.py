@@ -62,7 +62,7 @@ def test_what_can_not_be_a_task() -> None:
     with pytest.raises(TypeError, match="already"):
         ef.task(add)
     with pytest.raises(IllegalAnnotationError):
-        ef.task(external=True)
+        ef.task(cpus=2)
 
 
 def test_a_task_travels_even_if_it_calls_itself() -> None:

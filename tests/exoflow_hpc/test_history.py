@@ -10,9 +10,9 @@ import exoflow_hpc as ef
 from exoflow_hpc import records
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import ExoFlowError
-from exoflow_hpc.history import committed_tasks, error_of, last_end, voided_tasks
+from exoflow_hpc.history import committed_tasks, error_of, facts_of, last_end
 from exoflow_hpc.rank.messages import pack_error
-from exoflow_hpc.recovery import descendants
+from exoflow_hpc.semantics import descendants
 
 
 @ef.task
@@ -41,7 +41,7 @@ def test_first_record_of_a_task_counts() -> None:
     known = spec()
     found = committed_tasks(known, [STARTED, committed("left", 1), committed("left", 2)])
     assert {known.tasks[index].name: record.attempt for index, record in found.items()} == {"left": 1}
-    assert voided_tasks(known, [committed("left")]) == {}
+    assert facts_of(known, [committed("left")]).seen == {}
 
 
 def test_void_record_counts_as_absent_until_the_next() -> None:
@@ -49,14 +49,14 @@ def test_void_record_counts_as_absent_until_the_next() -> None:
     left = known.index("left")
     history = [committed("left", checksum="aa"), committed("right"), voided("left")]
     assert committed_tasks(known, history).keys() == {known.index("right")}
-    assert voided_tasks(known, history) == {left: "aa"}
+    assert facts_of(known, history).seen == {left: "aa"}
     history.append(committed("left", 3, checksum="bb"))
     assert committed_tasks(known, history)[left].attempt == 3
-    assert voided_tasks(known, history) == {}
+    assert facts_of(known, history).seen == {}
 
 
 def test_void_of_what_was_never_committed() -> None:
-    assert voided_tasks(spec(), [voided("left")]) == {}
+    assert facts_of(spec(), [voided("left")]).seen == {}
 
 
 def test_last_end() -> None:
@@ -77,7 +77,7 @@ def test_error_that_cannot_be_rebuilt_has_its_text(error: bytes) -> None:
 def test_descendants() -> None:
     known = spec()
     names = {
-        name: [known.tasks[i].name for i in descendants(known.tasks, known.index(name))]
+        name: [known.tasks[i].name for i in descendants(known.tasks, [known.index(name)])]
         for name in ("left", "right", "top")
     }
     assert names == {"left": ["middle", "top"], "right": ["top"], "top": []}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import exoflow_hpc.recovery as recovery
+from exoflow_hpc import semantics
 from exoflow_hpc.scheduler import Scheduler, TaskState
 from exoflow_hpc.scheduler_events import (
     Cancel,
@@ -315,6 +315,6 @@ def test_ten_thousand_tasks_take_a_linear_number_of_steps(shape: str, monkeypatc
 
 def test_losing_the_middle_of_a_long_chain_plans_without_recursion() -> None:
     tasks = spec_of(*[{"data": (i - 1,) if i else ()} for i in range(10_000)]).tasks
-    again = recovery.must_run_again(tasks, [9_000], is_needed=lambda task: True, is_gone=lambda task: task > 10)
+    again = semantics.must_run_again(tasks, [9_000], is_needed=lambda task: True, is_gone=lambda task: task > 10)
     assert again == list(range(11, 9_001))
-    assert recovery.wanted(tasks, 9_999, {5_000}) == list(range(5_001, 10_000))
+    assert semantics.wanted(tasks, [9_999], {5_000}) == list(range(5_001, 10_000))

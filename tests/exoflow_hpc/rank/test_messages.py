@@ -20,8 +20,8 @@ PLACES = [
 ]
 MESSAGES = [
     ms.Begin(3, "w", "/storage/workflows/w", "c0ffee"),
-    ms.Run(3, 7, 1, PLACES),
-    ms.Run(3, 7, 1, []),
+    ms.Run(3, 7, 1, 0, False, PLACES),
+    ms.Run(3, 7, 1, 2, True, []),
     ms.Cancel(3, 7, 1),
     ms.Write(3, 7, 1),
     ms.End(3, "SUCCESSFUL"),

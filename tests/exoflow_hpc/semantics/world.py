@@ -1,0 +1,449 @@
+"""A world in which the scheduler runs workflows: ranks with memory, a journal, and an outside that remembers every effect.
+
+It does one thing at a time, whichever it is told to, and compares all that can be seen with a run in which nothing fails.
+The values of tasks that vary are never the same twice, so whoever sees two of one task is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exoflow_hpc.scheduler import Scheduler
+from exoflow_hpc.scheduler_events import (
+    AttemptsOver,
+    CancelAttempt,
+    Commit,
+    CommitFailed,
+    Dispatch,
+    Event,
+    Finish,
+    Instruction,
+    ObjectsLost,
+    RankJoined,
+    RankLost,
+    Release,
+    Rollback,
+    RollbackFailed,
+    RolledBack,
+    Start,
+    TaskCommitted,
+    TaskFailed,
+    TaskFinished,
+    Void,
+    Voided,
+)
+from exoflow_hpc.settings import Settings
+from exoflow_hpc.spec import TaskSpec, WorkflowSpec
+
+__all__ = ["Facts", "World", "make_spec", "recovery_set"]
+
+#: what a task made: its index, which of its values it is (0 if it always makes the same), and what went in
+Value = tuple[int, int, tuple[Any, ...]]
+SETTINGS = Settings(max_rank_losses=10**6, max_commit_retries=10**6)
+
+
+def make_spec(rows: Sequence[dict[str, Any]]) -> WorkflowSpec:
+    """Return a spec; each row has what is not the default of a task: data, after, barriers, checkpoint, annotations."""
+    tasks = []
+    for index, row in enumerate(rows):
+        fields: dict[str, Any] = {
+            "kind": "task",
+            "data": (),
+            "after": (),
+            "barriers": (),
+            "checkpoint": "skip",
+            "max_retries": 10**6,
+            "op": "",
+            **row,
+        }
+        tasks.append(TaskSpec(index=index, name=f"t{index}", function="", args=b"", retry="", blobs=(), **fields))
+    return WorkflowSpec(tuple(tasks), len(tasks) - 1, "", {})
+
+
+@dataclass
+class Facts:
+    """What outlives a crash: the journal, and the outside."""
+
+    #: task → (attempt, value)
+    committed: dict[int, tuple[int, Value]] = field(default_factory=dict)
+    #: external tasks that were started and not undone since, in the order of their first start
+    effects: dict[int, None] = field(default_factory=dict)
+    incarnations: dict[int, int] = field(default_factory=dict)
+    #: task → highest attempt
+    attempts: dict[int, int] = field(default_factory=dict)
+    #: (task, incarnation) → what the effect was made from; once only, unless it is harmless
+    outside: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
+    #: how many values of tasks that vary there have been
+    nonce: int = 0
+
+    def copy(self) -> Facts:
+        return Facts(
+            dict(self.committed),
+            dict(self.effects),
+            dict(self.incarnations),
+            dict(self.attempts),
+            dict(self.outside),
+            self.nonce,
+        )
+
+    def key(self) -> Any:
+        """What tells it from others."""
+        return (
+            tuple(sorted((task, value) for task, (_, value) in self.committed.items())),
+            tuple(self.effects),
+            tuple(sorted(self.incarnations.items())),
+            tuple(sorted(self.outside.items())),
+        )
+
+
+@dataclass(eq=False)
+class Attempt:
+    task: int
+    attempt: int
+    rank: int
+    incarnation: int
+    order: Any
+    values: tuple[Value, ...] | None
+    #: of the task, as it was told
+    life: int
+    canceled: bool = False
+    acted: bool = False
+    rollback: bool = False
+    #: its rank is lost, but it may go on
+    ghost: bool = False
+
+
+class World:
+    """One workflow, from epoch to epoch.
+
+    choose: returns one of the actions it is given; facts: what there is already; ranks: number of ranks, slots of each.
+    """
+
+    def __init__(
+        self,
+        spec: WorkflowSpec,
+        choose: Callable[[list[Callable[[], None]]], Callable[[], None]],
+        facts: Facts | None = None,
+        ranks: int = 1,
+        slots: int = 4,
+    ) -> None:
+        self.spec = spec
+        self.choose = choose
+        self.facts = facts or Facts()
+        self.ranks = ranks
+        self.slots = slots
+        self.incarnations = [0] * ranks
+        #: what may still be at work after a crash
+        self.ghosts: list[Attempt] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start an epoch: all memory is new, only the facts stay."""
+        facts = self.facts
+        self.live: dict[int, int] = {}
+        self.memory: dict[tuple[int, int], tuple[int, Value]] = {}
+        self.running: list[Attempt] = []
+        self.commits: list[tuple[int, int, Value]] = []
+        self.voiding: list[int] = []
+        self.undelivered: list[Event] = []
+        self.finish: Finish | None = None
+        #: task → how often it was started in this epoch
+        self.ran: dict[int, int] = {}
+        self.undone: list[int] = []
+        self.scheduler = Scheduler(
+            self.spec,
+            facts.committed,
+            attempts=facts.attempts,
+            settings=SETTINGS,
+            effects=list(facts.effects),
+            unseen=[(one.task, one.attempt) for one in self.ghosts],
+        )
+        for rank in range(self.ranks):
+            self.join(rank)
+        self.tell(Start())
+
+    def join(self, rank: int) -> None:
+        self.incarnations[rank] += 1
+        self.live[rank] = self.incarnations[rank]
+        self.tell(RankJoined(rank, self.incarnations[rank], self.slots))
+
+    def tell(self, event: Event) -> None:
+        for instruction in self.scheduler.handle(event):
+            self.obey(instruction)
+
+    # ------------------------------------------------------------------------------------------ instructions, checked
+    def obey(self, what: Instruction) -> None:
+        assert self.finish is None, f"{what} after the end"
+        if isinstance(what, Dispatch):
+            self.dispatch(what)
+        elif isinstance(what, Commit):
+            if (what.task, what.attempt) in self.memory:
+                self.commits.append((what.task, what.attempt, self.memory[what.task, what.attempt][1]))
+            else:
+                assert self.comes_as_lost(what.task, what.attempt)
+        elif isinstance(what, Void):
+            self.commits = [commit for commit in self.commits if commit[0] != what.task]
+            self.voiding.append(what.task)
+        elif isinstance(what, Rollback):
+            self.roll_back(what)
+        elif isinstance(what, Release):
+            self.memory.pop((what.task, what.attempt), None)
+        elif isinstance(what, CancelAttempt):
+            for run in self.running:
+                if (run.task, run.attempt) == (what.task, what.attempt):
+                    run.canceled = True
+        else:
+            self.finish = what
+
+    def dispatch(self, order: Dispatch) -> None:
+        task, facts = self.spec.tasks[order.task], self.facts
+        assert order.task not in facts.committed, f"{task.name} is committed and runs again"
+        assert order.attempt > facts.attempts.get(order.task, -1), "an attempt number is used twice"
+        busy = [run for run in self.running if run.task == order.task and not run.canceled and not run.ghost]
+        assert not busy, f"{task.name} runs twice at a time"
+        for barrier in task.barriers:
+            assert barrier in facts.committed
+        life = facts.incarnations.get(order.task, 0)
+        if task.external:
+            others = [run for run in (*self.running, *self.ghosts) if run.task == order.task]
+            assert not others, f"{task.name} is started while an attempt of it may still act"
+            facts.effects.setdefault(order.task)
+        facts.attempts[order.task] = order.attempt
+        self.ran[order.task] = self.ran.get(order.task, 0) + 1
+        run = Attempt(
+            order.task, order.attempt, order.rank, self.live[order.rank], order, self.read(order.inputs), life
+        )
+        self.running.append(run)
+
+    def roll_back(self, order: Rollback) -> None:
+        task = self.spec.tasks[order.task]
+        assert task.rollback
+        others = [run for run in (*self.running, *self.ghosts) if run.task == order.task and not run.rollback]
+        assert not others, f"{task.name} is undone while an attempt of it may still act"
+        later = list(self.facts.effects)[list(self.facts.effects).index(order.task) + 1 :]
+        assert not set(later) & self.scheduler._undoing._undo, "an effect that began later is still to be undone"
+        self.facts.attempts[order.task] = order.attempt
+        life = self.facts.incarnations.get(order.task, 0)
+        run = Attempt(order.task, order.attempt, order.rank, self.live[order.rank], order, (), life, rollback=True)
+        self.running.append(run)
+
+    def comes_as_lost(self, task: int, attempt: int) -> bool:
+        return any(isinstance(event, ObjectsLost) and (task, attempt) in event.outputs for event in self.undelivered)
+
+    def read(self, inputs: Any) -> tuple[Value, ...] | None:
+        values = []
+        for one in inputs:
+            if one.source == "checkpoint":
+                values.append(self.facts.committed[one.task][1])
+            elif (one.task, one.attempt) in self.memory:
+                values.append(self.memory[one.task, one.attempt][1])
+            else:
+                assert self.comes_as_lost(one.task, one.attempt)
+                return None
+        return tuple(values)
+
+    # --------------------------------------------------------------------------------------------------- what happens
+    def actions(self) -> list[Callable[[], None]]:
+        """Return all that may happen next."""
+        found: list[Callable[[], None]] = []
+        for run in (*self.running, *self.ghosts):
+            external = self.spec.tasks[run.task].external
+            if not run.acted and (external or run.rollback):
+                found.append(lambda run=run: self.act(run))
+            if not run.ghost and (run.acted or not external or run.canceled):
+                found.append(lambda run=run: self.end(run))
+        for commit in self.commits:
+            found.append(lambda commit=commit: self.end_commit(commit))
+        for task in self.voiding:
+            found.append(lambda task=task: self.end_void(task))
+        for event in self.undelivered:
+            found.append(lambda event=event: self.deliver(event))
+        return found
+
+    def step(self) -> None:
+        actions = self.actions()
+        if not actions and self.any_ghosts():
+            self.lease_over()
+            return
+        assert actions, f"stuck: {[self.scheduler.story(t) for t in range(len(self.spec.tasks))]}"
+        self.choose(actions)()
+
+    def any_ghosts(self) -> bool:
+        return bool(self.ghosts) or any(run.ghost for run in self.running)
+
+    def act(self, run: Attempt) -> None:
+        """The effect of an attempt, or of a rollback, happens."""
+        run.acted = True
+        key = (run.task, run.life)
+        if run.rollback:
+            self.facts.outside.pop(key, None)
+            return
+        if run.values is None:
+            return  # it will find out that its inputs are lost
+        known = self.facts.outside.get(key)
+        if self.spec.tasks[run.task].idempotent:
+            assert known in (None, run.values), f"t{run.task} acts twice, and not in the same way"
+        else:
+            assert known is None, f"t{run.task} acts twice"
+        self.facts.outside[key] = run.values
+
+    def end(self, run: Attempt) -> None:
+        self.running.remove(run)
+        if run.rollback:
+            if not run.acted:
+                self.act(run)
+            self.facts.incarnations[run.task] = run.life + 1
+            del self.facts.effects[run.task]
+            self.undone.append(run.task)
+            self.tell(RolledBack(run.task, run.attempt))
+            return
+        if run.canceled and not run.acted:
+            self.tell(TaskFailed(run.task, run.attempt, "canceled"))
+            return
+        if run.values is None:
+            gone = tuple(
+                (i.task, i.attempt)
+                for i in run.order.inputs
+                if i.source == "memory" and (i.task, i.attempt) not in self.memory
+            )
+            self.tell(TaskFailed(run.task, run.attempt, "lost-input", missing=gone))
+            return
+        nonce = 0
+        if not self.spec.tasks[run.task].deterministic:
+            self.facts.nonce += 1
+            nonce = self.facts.nonce
+        self.memory[run.task, run.attempt] = (run.rank, (run.task, nonce, run.values))
+        self.tell(TaskFinished(run.task, run.attempt, run.rank, 1))
+
+    def end_commit(self, commit: tuple[int, int, Value]) -> None:
+        self.commits.remove(commit)
+        task, attempt, value = commit
+        self.facts.committed.setdefault(task, (attempt, value))
+        self.tell(TaskCommitted(task, attempt))
+
+    def end_void(self, task: int) -> None:
+        self.voiding.remove(task)
+        self.facts.committed.pop(task, None)
+        self.tell(Voided(task))
+
+    def deliver(self, event: Event) -> None:
+        self.undelivered.remove(event)
+        self.tell(event)
+
+    def lease_over(self) -> None:
+        """Whoever may still have been at work is not any more."""
+        over = [run for run in (*self.running, *self.ghosts) if run.ghost]
+        self.running = [run for run in self.running if not run.ghost]
+        self.ghosts = []
+        self.tell(AttemptsOver(tuple((run.task, run.attempt) for run in over)))
+
+    # --------------------------------------------------------------------------------------------------------- faults
+    def kill_rank(self, rank: int, certain: bool) -> None:
+        incarnation = self.live.pop(rank)
+        lost = tuple(key for key, (where, _) in self.memory.items() if where == rank)
+        self.memory = {key: kept for key, kept in self.memory.items() if kept[0] != rank}
+        self.commits = [commit for commit in self.commits if commit[:2] not in lost]
+        there = [run for run in self.running if run.rank == rank and not run.ghost]
+        self.running = [run for run in self.running if run not in there]
+        self.undelivered.append(ObjectsLost(lost))
+        self.tell(RankLost(rank, incarnation, certain))
+        if not certain:
+            for run in there:
+                if self.spec.tasks[run.task].external and not run.rollback:
+                    run.ghost = True
+                    self.running.append(run)
+
+    def fail_attempt(self, run: Attempt) -> None:
+        self.running.remove(run)
+        if run.rollback:
+            self.tell(RollbackFailed(run.task, run.attempt, "no"))
+        else:
+            self.tell(TaskFailed(run.task, run.attempt, "crash"))
+
+    def fail_commit(self, commit: tuple[int, int, Value]) -> None:
+        self.commits.remove(commit)
+        self.tell(CommitFailed(commit[0], commit[1]))
+
+    def crash(self, ghosts: bool = False) -> None:
+        """All memory is lost; ghosts: external tasks may go on where they are, for a while."""
+        self.ghosts += [
+            run for run in self.running if ghosts and self.spec.tasks[run.task].external and not run.rollback
+        ]
+        for run in self.ghosts:
+            run.ghost = True
+        self.begin()
+
+    # ------------------------------------------------------------------------------------------------------ the end
+    def run(self) -> None:
+        steps = 0
+        while self.finish is None:
+            self.step()
+            steps += 1
+            assert steps < 5000, "it does not end"
+
+    def check_end(self) -> None:
+        """It ended as a run without failures does."""
+        spec, facts = self.spec, self.facts
+        assert self.finish == Finish("SUCCESSFUL", spec.output), self.finish
+        seen: dict[int, Value] = {}
+        for task, (_, value) in facts.committed.items():
+            assert value[0] == task
+            _see(value, seen)
+        for task in spec.tasks:
+            if task.external:
+                lives = [life for index, life in facts.outside if index == task.index]
+                life = facts.incarnations.get(task.index, 0)
+                assert lives == [life], f"{task.name} acted in its lives {lives}, and is in {life}"
+                for value in facts.outside[task.index, life]:
+                    _see(value, seen)
+
+
+def _see(value: Value, seen: dict[int, Value]) -> None:
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        known = seen.setdefault(one[0], one)
+        assert known is one or known == one, f"two values of t{one[0]} were seen: {known} and {one}"
+        if known is one:
+            pending.extend(one[2])
+
+
+def recovery_set(spec: WorkflowSpec, facts: Facts) -> tuple[set[int], set[int]]:
+    """Return what has to run after a crash, and which effects have to be undone, the naive way (R5, R6)."""
+    tasks = spec.tasks
+    committed, void, roots = set(facts.committed), set[int](), {spec.output}
+    while True:
+        begun = committed | (set(facts.effects) - void)
+        happened: set[int] = set()
+        for task in tasks:
+            for up in (*task.data, *task.after, *task.barriers):
+                if task.index in begun:
+                    happened |= {up} | _all_before(tasks, up)
+        happened -= void
+        need = set(roots) - committed
+        while (
+            more := {up for i in need for up in (*tasks[i].data, *(set(tasks[i].after) - happened), *tasks[i].barriers)}
+            - committed
+            - need
+        ):
+            need |= more
+        stale = {i for i in need if not tasks[i].deterministic}
+        below: set[int] = set()
+        for task in tasks:
+            if set(task.data) & (stale | below):
+                below.add(task.index)
+        fresh = (below & (committed | set(facts.effects))) - void
+        if not fresh:
+            break
+        void |= fresh
+        committed -= fresh
+        roots |= {i for i in fresh if tasks[i].external}
+    undo = {i for i in facts.effects if i in void or (i in need and tasks[i].rollback and not tasks[i].idempotent)}
+    return need, undo
+
+
+def _all_before(tasks: Sequence[TaskSpec], index: int) -> set[int]:
+    direct = {*tasks[index].data, *tasks[index].after, *tasks[index].barriers}
+    return direct.union(*(_all_before(tasks, up) for up in direct))
