@@ -28,6 +28,7 @@ from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.scheduler import Scheduler
+from exoflow_hpc.semantics import descendants
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi import ClosedError, EvictedError
 from hoplite_mpi.ids import ObjectID
@@ -79,6 +80,8 @@ class Controller:
         self._void_up_to: dict[int, int] = {}
         #: task → checksum of an output that somebody has seen: made again, it has to be the same (R12)
         self._seen = facts.seen
+        #: tasks that were dispatched in this epoch
+        self._began: set[int] = set()
         self._varies = {t.index for t in spec.tasks if not t.deterministic} | facts.deviant
         self._effects = Effects(spec, facts)
         self._scheduler = Scheduler(
@@ -107,6 +110,8 @@ class Controller:
         self._tally.begin(view)
         self._invite(view)
         self._do(self._scheduler.handle(ev.Start()))
+        if self._seen:
+            self._forget_seen(index for index in self._scheduler.wanted if index in self._varies)
         self._show()
 
     def on_view(self, view: View, lost: tuple[Member, ...]) -> None:
@@ -261,6 +266,11 @@ class Controller:
         else:
             self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text), durable)
 
+    def _forget_seen(self, varying: Iterable[int]) -> None:
+        """What is computed from these may come out another one, since they may."""
+        for index in descendants(self._spec.tasks, varying):
+            self._seen.pop(index, None)
+
     def _deviates(self, task: int, checksum: str) -> bool:
         """Whether a task that is taken to be deterministic gave another output than one that was seen: then the run begins again (R12)."""
         before = self._seen.setdefault(task, checksum)
@@ -307,6 +317,9 @@ class Controller:
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
         self._running[what.task, what.attempt] = what.rank
+        if what.task in self._varies and what.task in self._began:
+            self._forget_seen([what.task])
+        self._began.add(what.task)
         places = [self._place(one) for one in what.inputs]
         message = ms.Run(
             self._epoch, what.task, what.attempt, self._effects.incarnation(what.task), rollback=False, inputs=places

@@ -23,6 +23,8 @@ class Tally:
     dispatches: int = 0
     #: (rank, incarnation) of the processes that were ranks of the run
     known: set[tuple[int, int]] = field(default_factory=set)
+    #: effects that were undone
+    rolled_back: int = 0
     lost: int = 0
     rejoined: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -42,11 +44,13 @@ class Tally:
     def add(self, scheduler: Scheduler) -> None:
         """Take what one epoch has run, at its end."""
         self.ran |= scheduler.ran
-        self.dispatches += scheduler.counters.run + scheduler.counters.rerun
+        counters = scheduler.counters
+        self.dispatches += counters.run + counters.rerun
+        self.rolled_back += counters.rolled_back
 
     def outcome(self, status: str, error: ExoFlowError | None, tasks: int) -> Outcome:
         """Return how the run ended; *tasks*: how many the workflow has."""
-        counters = Counters(len(self.ran), tasks - len(self.ran), self.dispatches - len(self.ran))
+        counters = Counters(len(self.ran), tasks - len(self.ran), self.dispatches - len(self.ran), self.rolled_back)
         return Outcome(
             status, error, counters, len(self.known), self.lost, self.rejoined, time.monotonic() - self.began
         )

@@ -50,7 +50,7 @@ class Place:
     @property
     def arena(self) -> str:
         """Name of this node's arena."""
-        given = os.environ.get("HOPLITE_NODE")
+        given = _given_node()
         return f"{self.run}-{given}" if given else self.run
 
     def founders(self, address: tuple[str, int]) -> list[Member]:
@@ -99,12 +99,18 @@ def _together(comm: MPI.Comm | None = None) -> Iterator[None]:
         ) from error
 
 
+def _given_node() -> str | None:
+    given = os.environ.get("HOPLITE_NODE")
+    return None if given is None else given.replace("{rank}", os.environ.get("HOPLITE_RANK", ""))
+
+
 def node_identity() -> str:
     """Return a name that processes share exactly if they share /dev/shm and the network.
 
-    HOPLITE_NODE in the environment wins: ranks of one machine with different values treat each other as on different nodes.
+    HOPLITE_NODE in the environment wins, with ``{rank}`` in it standing for the rank: ranks of one machine with different values treat
+    each other as on different nodes.
     """
-    given = os.environ.get("HOPLITE_NODE")
+    given = _given_node()
     if given:
         return given
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]

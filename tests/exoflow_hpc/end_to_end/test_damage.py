@@ -54,7 +54,8 @@ def test_input(cli: Cli, salt: int) -> None:
     assert result.values == ([salt, salt + 1], 0, 0)
     assert file in result.stderr
     assert ("taken to be deterministic" in result.stderr) == (salt != 7)
-    assert cli.times("salted") == {"0": 2}
+    # once for the value that is another one, once after all that came of the first one is void
+    assert cli.times("salted") == {"0": 2 if salt == 7 else 3}
     assert cli.times("through") == {"0": 1 if salt == 7 else 2}
     assert cli("output", "w", "salted").code == 0
 
