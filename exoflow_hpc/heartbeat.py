@@ -20,7 +20,7 @@ from typing import Any
 from exoflow_hpc.durable import storage_errors, write_all
 from exoflow_hpc.errors import StorageError
 
-__all__ = ["INTERVAL", "TAKEOVER_AFTER", "Heartbeat", "watch"]
+__all__ = ["INTERVAL", "TAKEOVER_AFTER", "Heartbeat", "identity", "is_gone", "watch"]
 
 #: seconds between two beats
 INTERVAL = 0.5
@@ -57,6 +57,26 @@ def _process_start(pid: int) -> str | None:
     return "" if fields[0] in "ZX" else fields[19]
 
 
+def identity() -> dict[str, Any]:
+    """Return what names this process for whoever shares its process namespace: see `is_gone`."""
+    return {
+        "boot": _boot_id(),
+        "pid_namespace": _pid_namespace(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()) or "",
+    }
+
+
+def is_gone(who: dict[str, Any]) -> bool:
+    """Whether the process of that `identity` has provably died: same boot and process namespace, and no such process."""
+    if not who["boot"] or who["boot"] != _boot_id():
+        return False
+    if not who["pid_namespace"] or who["pid_namespace"] != _pid_namespace():
+        return False
+    started = _process_start(who["pid"])
+    return started is not None and started != who["started"]
+
+
 class Heartbeat:
     """Rewrites a heartbeat file every *interval* seconds from a thread, until `stop` or a newer epoch's beat."""
 
@@ -72,14 +92,7 @@ class Heartbeat:
         self._interval = interval
         self._counter = 0
         self._stop = threading.Event()
-        self._who = {
-            "epoch": epoch,
-            "host": socket.gethostname(),
-            "boot": _boot_id(),
-            "pid_namespace": _pid_namespace(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()) or "",
-        }
+        self._who = {"epoch": epoch, "host": socket.gethostname(), **identity()}
         self._thread = threading.Thread(target=self._beat_forever, name=f"heartbeat-{epoch}", daemon=True)
 
     def start(self) -> None:
@@ -146,21 +159,6 @@ def _parse(data: bytes | None) -> dict[str, Any] | None:
     return None
 
 
-def _gone(beat: dict[str, Any]) -> bool:
-    """Whether the writer has stopped, or provably died: same boot and process namespace, and no such process."""
-    if beat["stopped"]:
-        return True
-    if (
-        not beat["boot"]
-        or beat["boot"] != _boot_id()
-        or not beat["pid_namespace"]
-        or beat["pid_namespace"] != _pid_namespace()
-    ):
-        return False
-    started = _process_start(beat["pid"])
-    return started is not None and started != beat["started"]
-
-
 def watch(
     path: str | os.PathLike[str],
     seconds: float = TAKEOVER_AFTER,
@@ -185,7 +183,7 @@ def watch(
             if now is None:
                 return False
             beat = _parse(now)
-            if beat is not None and _gone(beat):
+            if beat is not None and (beat["stopped"] or is_gone(beat)):
                 return False
             if clock() >= deadline:
                 return False

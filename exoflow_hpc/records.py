@@ -80,6 +80,8 @@ class TaskStarted:
     attempt: int
     incarnation: int
     rank: int = -1
+    #: `heartbeat.identity` of the rank's process; empty: unknown
+    process: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: where the outputs are that it takes, in the order of `TaskSpec.data`, for its rollback: [location, meta, checksum] each; empty
     #: for a task without one
     inputs: list[Any] = dataclasses.field(default_factory=list)

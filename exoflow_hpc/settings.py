@@ -22,6 +22,9 @@ class Settings:
     max_rank_losses: int = 10
     #: how often a failed write of one output is tried again before the run stops as RESUMABLE
     max_commit_retries: int = 3
+    #: seconds for which a rank may run external tasks without having heard of its controller: then it kills its workers, and the
+    #: controller, if it has lost sight of the rank, waits that long before it runs them elsewhere or undoes them (R10b)
+    lease: float = 10.0
     #: arrays and bytes of at least this many bytes are stored once in a spec, however many arguments they are
     shared_constant_size: int = 64 * 1024
     #: seconds between two progress reports of a task; those in between are dropped

@@ -128,6 +128,8 @@ class Runtime:
         self.closed: HopliteError | None = None
         self.left = False
         self.peers_lost = 0
+        #: members that were lost and of whose death there is proof
+        self.dead: set[PeerKey] = set()
         self._events: deque[ev.Event] = deque()
         self._handling = False
         #: this rank has said nothing yet as an owner in this view
@@ -454,6 +456,7 @@ class Runtime:
         self._silent_owner = True
         self._set_chunk_size()
         self.peers_lost += len(what.lost)
+        self.dead |= what.dead
         self.observer.counts.views += 1
         if self.trace.on:
             for member in what.lost:

@@ -150,6 +150,10 @@ class ObjectStore(Collectives):
         view: View = self._engine.run(begin)
         return view
 
+    def is_dead(self, rank: int, incarnation: int) -> bool:
+        """Whether there is proof that a member that was lost is dead: its connection was reset. Otherwise it may be cut off, and live."""
+        return (rank, incarnation) in self._runtime.dead
+
     def get(self, object_id: ObjectID, timeout: Any = DEFAULT) -> Any:
         """Return the object as a read-only ndarray, or a read-only memoryview if bytes were put; zero copy on its node.
 

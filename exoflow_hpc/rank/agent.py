@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import checkpoint
+from exoflow_hpc import checkpoint, heartbeat
 from exoflow_hpc.errors import CorruptCheckpointError, StorageError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
@@ -45,6 +46,8 @@ log = logging.getLogger("exoflow_hpc.agent")
 
 #: seconds between looks at whether inputs that have not come still exist
 _INPUT_CHECK = 2.0
+#: how often a lease is renewed while it lasts
+_RENEWALS = 4
 
 
 def output_id(run: str, task: str, attempt: int) -> ObjectID:
@@ -109,6 +112,8 @@ class Agent:
             log.info("a %s of epoch %d from rank %d was refused", type(message).__name__, message.epoch, rank)
             return
         match message:
+            case ms.Renewed():
+                self._pool.set_lease(message.sent + self._begun.lease)
             case ms.Run():
                 self._run(message)
             case ms.Cancel():
@@ -131,6 +136,7 @@ class Agent:
             self._over(job)
             if job.handle is not None:
                 self._pool.cancel(job.handle)
+        self._pool.set_lease(None)
         with contextlib.suppress(ClosedError, EvictedError):
             for oid in self._loaded.values():
                 self._store.delete(oid)
@@ -148,7 +154,15 @@ class Agent:
         self._leave()
         self._begun, self._controller, self.ended = message, rank, None
         self.workflow_id, self.workflow_dir = message.workflow_id, message.workflow_dir
-        self._send(rank, ms.Ready(message.epoch, self._slots))
+        self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
+        if message.lease:
+            self._loop.after(message.lease / _RENEWALS, lambda: self._renew(message))
+
+    def _renew(self, begun: ms.Begin) -> None:
+        """Ask for the lease of a run, as long as it lasts."""
+        if self._begun is begun:
+            self._reply(ms.Renew(begun.epoch, time.monotonic()))
+            self._loop.after(begun.lease / _RENEWALS, lambda: self._renew(begun))
 
     def _reply(self, message: ms.Message) -> None:
         self._send(self._controller, message)

@@ -23,6 +23,7 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure
+from exoflow_hpc.rank.leases import Leases, unfinished
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
@@ -59,6 +60,7 @@ class Controller:
         send: Callable[[int, ms.Message], None],
         progress: ProgressLine,
         tally: Tally,
+        lease: float,
     ) -> None:
         self._workflow_id = workflow_id
         self._workflow_dir = workflow_dir
@@ -84,11 +86,16 @@ class Controller:
         self._began: set[int] = set()
         self._varies = {t.index for t in spec.tasks if not t.deterministic} | facts.deviant
         self._effects = Effects(spec, facts)
+        #: 0: nothing has effects, so nobody needs one
+        self._lease = lease if any(task.external for task in spec.tasks) else 0.0
+        self._leases = Leases(self._lease, journal.check)
+        self._unfinished = unfinished(facts)
         self._scheduler = Scheduler(
             spec,
             committed=self._committed,
             attempts=facts.attempts,
             effects=list(facts.effects),
+            unseen=[(task, start.attempt) for task, start in self._unfinished],
             deviant=facts.deviant,
         )
         self._outputs: dict[int, Output] = {}
@@ -112,6 +119,9 @@ class Controller:
         self._do(self._scheduler.handle(ev.Start()))
         if self._seen:
             self._forget_seen(index for index in self._scheduler.wanted if index in self._varies)
+        if self._unfinished:
+            seconds = self._leases.seconds_left_of(start for _, start in self._unfinished)
+            self._let_end(seconds, [(task, start.attempt) for task, start in self._unfinished])
         self._show()
 
     def on_view(self, view: View, lost: tuple[Member, ...]) -> None:
@@ -126,6 +136,7 @@ class Controller:
             self._find_lost_outputs()
         for rank in gone:
             incarnation = self._agents.pop(rank)
+            running = [which for which, where in self._running.items() if where == rank]
             for (task, attempt), where in list(self._running.items()):
                 if where == rank:  # its worker may have left a whole output in the node's memory
                     del self._running[task, attempt]
@@ -137,6 +148,23 @@ class Controller:
                     del self._writing[task]
                     self._handle(ev.CommitFailed(task, attempt, "the rank that wrote it was lost"))
         self._invite(view)
+
+    def _let_end(self, seconds: float, attempts: list[tuple[int, int]]) -> None:
+        """Take attempts that were lost from sight for over, once they must be."""
+        if seconds > 1.0:
+            names = ", ".join(sorted({self._spec.tasks[task].name for task, _ in attempts}))
+            self._progress.say(f"waiting {seconds:.1f} s until nobody can be at {names} any more")
+        self._loop.after(seconds, lambda: self._handle(ev.AttemptsOver(tuple(attempts))))
+
+    def _grant(self, rank: int, sent: float) -> None:
+        if not self._lease:
+            return
+        try:
+            self._leases.grant(rank)
+        except ExoFlowError as error:
+            self._broken(error)
+        else:
+            self._send(rank, ms.Renewed(self._epoch, sent))
 
     def _invite(self, view: View) -> None:
         for member in view.members.values():
@@ -152,7 +180,7 @@ class Controller:
             self._begin(rank)
 
     def _begin(self, rank: int) -> None:
-        self._send(rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir), self._run))
+        self._send(rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir), self._run, self._lease))
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
@@ -181,7 +209,15 @@ class Controller:
             log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
             return
         match message:
+            case ms.Renew():
+                self._grant(rank, message.sent)
             case ms.Ready():
+                self._leases.processes[rank] = message.process
+                # it has stopped what it ran in older epochs
+                stopped = [(t, start.attempt) for t, start in self._unfinished if start.process == message.process]
+                if stopped:
+                    self._let_end(self._leases.seconds_left(rank, dead=True), stopped)
+                self._grant(rank, message.sent)
                 self._handle(ev.RankJoined(rank, incarnation, message.slots))
             case ms.Finished():
                 self._finished(rank, message)
@@ -332,7 +368,9 @@ class Controller:
     def _start_effect(self, what: ev.Dispatch, message: ms.Run) -> None:
         """Dispatch an external task, once the journal durably says so, and the epoch is still ours after that (R10a)."""
         inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
-        record = self._effects.started(what.task, what.attempt, what.rank, inputs)
+        record = self._effects.started(
+            what.task, what.attempt, what.rank, self._leases.processes.get(what.rank, {}), inputs
+        )
 
         def durable() -> None:
             fault.point("controller.started")

@@ -27,10 +27,12 @@ class Effects:
         """Return how often the effect of a task was undone."""
         return self._incarnations.get(task, 0)
 
-    def started(self, task: int, attempt: int, rank: int, inputs: list[Any]) -> records.TaskStarted:
+    def started(
+        self, task: int, attempt: int, rank: int, process: dict[str, Any], inputs: list[Any]
+    ) -> records.TaskStarted:
         """Return the record to write before an external task is dispatched."""
         name = self._spec.tasks[task].name
-        record = records.TaskStarted(name, attempt, self.incarnation(task), rank, inputs)
+        record = records.TaskStarted(name, attempt, self.incarnation(task), rank, process, inputs)
         self._starts[task] = record
         return record
 

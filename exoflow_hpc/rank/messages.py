@@ -24,6 +24,8 @@ __all__ = [
     "Over",
     "Progress",
     "Ready",
+    "Renew",
+    "Renewed",
     "Run",
     "Write",
     "WriteFailed",
@@ -63,6 +65,17 @@ class Begin:
     workflow_dir: str
     #: name of this run of the workflow, which no other has: a workflow that was deleted can be made anew with id and epoch
     run: str
+    #: seconds of the lease that the rank has to hold while it runs tasks; 0: none, since there are no external ones
+    lease: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The rank may go on for as long as a lease is, from *sent* on."""
+
+    epoch: int
+    #: as in `Renew`
+    sent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +129,21 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The agent has the spec and *slots* workers."""
+    """The agent has the spec and *slots* workers. Asks for a lease as well, as `Renew` does."""
 
     epoch: int
     slots: int
+    sent: float = 0.0
+    #: `heartbeat.identity` of the rank
+    process: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """The agent asks for its lease to be renewed; *sent*: when it asked, by its own clock. Answered by `Renewed`."""
+
+    epoch: int
+    sent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +234,8 @@ class Over:
     epoch: int
 
 
-_ToAgent = Begin | Run | Cancel | Write | End
-_ToController = Ready | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
+_ToAgent = Begin | Renewed | Run | Cancel | Write | End
+_ToController = Ready | Renew | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
 Message = _ToAgent | _ToController
 
 _KINDS: tuple[type[Any], ...] = (*get_args(_ToAgent), *get_args(_ToController))

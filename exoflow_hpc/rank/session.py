@@ -231,6 +231,7 @@ class Session:
                     self._send,
                     progress,
                     tally,
+                    self.settings.lease,
                 )
         finally:
             journal.close()

@@ -257,7 +257,9 @@ class Membership:
         self._reset()
         gone = [m for m in old.members.values() if not decree.view.has(*_peer(m))]
         left = tuple(m for m in gone if _peer(m) in decree.left)
-        self._out.append(ms.Install(decree.view, tuple(m for m in gone if m not in left), left))
+        lost = tuple(m for m in gone if m not in left)
+        dead = frozenset(_peer(m) for m in lost if self._down.get(_peer(m)) == "reset")
+        self._out.append(ms.Install(decree.view, lost, left, dead))
         has = decree.view.has
         self._down = {p: proof for p, proof in self._down.items() if has(*p) or not self._is_over(p)}
         self._lasting &= self._down.keys()

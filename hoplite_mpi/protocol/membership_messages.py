@@ -266,11 +266,15 @@ class Send:
 
 @dataclass(frozen=True)
 class Install:
-    """This view is decided. *lost* and *left*: members of the view installed here before that are not in it."""
+    """This view is decided. *lost* and *left*: members of the view installed here before that are not in it.
+
+    dead: those of the lost of whose death this process has proof; the others may be cut off, and live.
+    """
 
     view: View
     lost: tuple[Member, ...] = ()
     left: tuple[Member, ...] = ()
+    dead: frozenset[Peer] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""Leases of ranks, as the controller grants them: until when a rank that was lost from sight may still have effects (R10b)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from exoflow_hpc import heartbeat, records
+from exoflow_hpc.history import Facts
+
+__all__ = ["Leases", "unfinished"]
+
+#: seconds for which one look at the epoch counts
+_CHECKED_FOR = 1.0
+#: seconds in which the workers of a rank that is dead are dead as well, also on a busy machine
+_GRACE = 0.5
+
+
+class Leases:
+    """The leases of one epoch.
+
+    lease: seconds; check: raises FencedError if another controller has taken over: then nothing is granted any more.
+    """
+
+    def __init__(self, lease: float, check: Callable[[], None]) -> None:
+        self._lease = lease
+        self._check = check
+        self._checked = 0.0
+        self._began = time.monotonic()
+        #: rank → when its lease was last granted
+        self._granted: dict[int, float] = {}
+        #: rank → `heartbeat.identity` of its process
+        self.processes: dict[int, dict[str, Any]] = {}
+
+    def grant(self, rank: int) -> None:
+        """Renew the lease of a rank from now on. FencedError, StorageError: it must not be told so."""
+        now = time.monotonic()
+        if now > self._checked + _CHECKED_FOR:
+            self._check()
+            self._checked = now
+        self._granted[rank] = now
+
+    def seconds_left(self, rank: int, dead: bool) -> float:
+        """Return for how long a rank that was lost may still have effects; dead: there is proof that its process is."""
+        granted = self._granted.pop(rank, self._began)
+        return _GRACE if dead else max(0.0, granted + self._lease - time.monotonic()) + _GRACE
+
+    def seconds_left_of(self, starts: Iterable[records.TaskStarted]) -> float:
+        """Return for how long tasks of an older epoch may still have effects."""
+        if all(start.process and heartbeat.is_gone(start.process) for start in starts):
+            return _GRACE
+        # its controller may have granted a lease just before this epoch was taken, after a look that was not new
+        return self._lease + _CHECKED_FOR + _GRACE
+
+
+def unfinished(facts: Facts) -> list[tuple[int, records.TaskStarted]]:
+    """Return external tasks of older epochs of which no output is known: somebody may still be at them."""
+    found = []
+    for task, start in facts.effects.items():
+        result = facts.results.get(task)
+        if result is None or result.attempt < start.attempt:
+            found.append((task, start))
+    return found
