@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import socket
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .protocol import Progress, TaskDone, TaskFailed, describe_exit
+from .protocol import Began, Progress, TaskDone, TaskFailed, describe_exit
 from .remote import RemoteWorker
 from .spawner import Spawner, WorkerExited, WorkerStarted
 
@@ -29,7 +30,7 @@ class FleetListener(Protocol):
     def worker_ready(self, worker: RemoteWorker) -> None:
         """Take a new worker."""
 
-    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress) -> None:
+    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress | Began) -> None:
         """Take what a worker says about its present task."""
 
     def worker_gone(self, worker: RemoteWorker, text: str, exitcode: int | None) -> None:
@@ -171,7 +172,10 @@ class Fleet:
             elif isinstance(event, WorkerExited):
                 # a reply that it sent before its end is still in the socket
                 self._read(worker, all_of_it=True)
-                self._remove(worker, describe_exit(event.exitcode), event.exitcode)
+                text = describe_exit(event.exitcode)
+                if event.exitcode == -signal.SIGKILL:  # and not by us: that has a cause, which is told instead
+                    text += " (out of memory?)"
+                self._remove(worker, text, event.exitcode)
             else:
                 self._remove(worker, event.text, None)
 
@@ -219,6 +223,8 @@ class Fleet:
             return
         for reply in replies:
             if reply.body is not None:
+                if reply.last:
+                    worker.condemned = worker.retired = True
                 if reply.seq == worker.seq:  # else it is of a thread that an earlier task left behind
                     self._listener.worker_said(worker, reply.body)
             else:

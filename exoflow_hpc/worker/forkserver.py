@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import msgpack
 
+from .tree import become_subreaper, end_children
+
 __all__ = ["main"]
 
 _PR_SET_PDEATHSIG = 1
@@ -35,6 +37,7 @@ class _Server:
 
     def serve(self) -> socket.socket | None:
         """Serve the rank. Returns twice: None when the rank is gone, and in each worker the worker's socket."""
+        become_subreaper()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the rank's to handle
         # a handler has to be there, or the wakeup descriptor stays silent
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -95,6 +98,7 @@ class _Server:
         os.setpgid(0, 0)
         with contextlib.suppress(OSError):  # there is no stderr
             os.dup2(2, 1)  # what tasks print must not get into the result, which is alone on stdout
+        become_subreaper()  # so what its tasks start stays below it, whatever group or session that is in
         self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != self._pid:  # it died before the line above
             os._exit(1)
@@ -127,12 +131,17 @@ class _Server:
             self._bury(found.si_pid)
 
     def _bury(self, pid: int) -> None:
-        """Kill what a dead worker has left in its group, reap it, tell the rank."""
-        _kill_group(pid)  # before it is reaped: until then nobody else gets the number
-        _, status = os.waitpid(pid, 0)
-        number = self._workers.pop(pid, None)
-        if number is not None:
-            self._tell("exited", number, os.waitstatus_to_exitcode(status))
+        """Kill what a dead worker has left, reap it, tell the rank: when it hears of that, nothing of it is there."""
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # what it leaves is ours when it is dead
+        if pid in self._workers:
+            _kill_group(pid)  # before it is reaped: until then nobody else gets the number
+        # a child that is no worker has lost its parent: a worker that is dead, or something that one had started
+        end_children(self._workers)
+        with contextlib.suppress(ChildProcessError):
+            _, status = os.waitpid(pid, 0)
+            number = self._workers.pop(pid, None)
+            if number is not None:
+                self._tell("exited", number, os.waitstatus_to_exitcode(status))
 
     def _end(self) -> None:
         for pid in self._workers:
