@@ -6,6 +6,7 @@ gets a task is decided by `placement`, and what has to run again after a loss by
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from .placement import Ranks
 from .scheduler_events import (
     Cancel,
     CancelAttempt,
+    Catch,
     Commit,
     CommitFailed,
     Counters,
@@ -25,7 +27,10 @@ from .scheduler_events import (
     RankJoined,
     RankLost,
     Release,
+    RetryAfter,
+    RetryDue,
     Start,
+    TaskCaught,
     TaskCommitted,
     TaskFailed,
     TaskFinished,
@@ -36,7 +41,10 @@ from .task_table import Held, TaskState, TaskTable
 
 __all__ = ["Scheduler", "TaskState"]
 
-_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled")
+_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled", "timeout", "memory")
+
+#: what ``catch_exceptions`` catches: what the task or its process did, and not what befell its rank, inputs or storage
+_CAUGHT = ("exception", "crash", "timeout", "memory")
 
 
 class Scheduler:
@@ -44,6 +52,7 @@ class Scheduler:
 
     committed: tasks that the journal names. ranks: (rank, incarnation, slots) of those that are there already.
     attempts: the highest attempt number that earlier epochs may have used, by task: no two attempts share an id (R10c).
+    seed: the waits before retries are drawn from it; the same seed, the same waits.
 
     Promises: each task that runs and whose checkpoint is not ``"skip"`` is committed before the run is SUCCESSFUL, even
     if all its consumers have finished and its bytes are lost (then it runs again). A promise binds the run that made
@@ -57,6 +66,7 @@ class Scheduler:
         ranks: Iterable[tuple[int, int, int]] = (),
         attempts: Mapping[int, int] | None = None,
         settings: Settings | None = None,
+        seed: str = "",
     ) -> None:
         self.spec = spec
         self._settings = settings or Settings()
@@ -73,6 +83,11 @@ class Scheduler:
         self._commit_failures: dict[int, int] = {}
         self._failures: dict[int, int] = {}
         self._losses: dict[int, int] = {}
+        self._seed = seed
+        #: task → its attempt that failed, for those that wait before they run again
+        self._delayed: dict[int, int] = {}
+        #: task → its attempt that failed for good, while its error is made its output
+        self._catching: dict[int, int] = {}
         #: tasks that were dispatched
         self._run: set[int] = set()
         self._dispatches = 0
@@ -189,7 +204,10 @@ class Scheduler:
         may_retry = event.retryable if event.kind == "exception" else True
         if may_retry and self._failures.get(task, 0) < self.spec.tasks[task].max_retries:
             self._failures[task] = self._failures.get(task, 0) + 1
-            self._table.requeue(task)
+            self._retry(task)
+        elif self.spec.tasks[task].catch_exceptions and event.kind in _CAUGHT:
+            self._catching[task] = event.attempt
+            self._out.append(Catch(task, event.attempt, event.error))
         else:
             self._end(Finish("FAILED", task, event.kind, event.error))
 
@@ -310,6 +328,41 @@ class Scheduler:
             self._cancel_all()
             self._out.append(Finish("SUCCESSFUL", self.spec.output))
 
+    # ------------------------------------------------------------------------------------------ waiting, catching
+    def _retry(self, task: int) -> None:
+        """Run the task again: after a while that grows with its failures, so that what was overloaded can recover."""
+        first = self.spec.tasks[task].retry_delay
+        base = self._settings.retry_backoff if first is None else first
+        # the exponent is bounded, or the float would overflow
+        longest = min(base * 2.0 ** min(self._failures[task] - 1, 60), max(base, self._settings.retry_backoff_max))
+        if longest <= 0:
+            self._table.requeue(task)
+            return
+        attempt = self._attempt[task]
+        delay = random.Random(f"{self._seed}/{task}/{attempt}").uniform(0, longest)
+        self._delayed[task] = attempt
+        self._table.hold(task)
+        self._table.requeue(task)
+        self._out.append(RetryAfter(task, attempt, delay))
+
+    def _on_retry_due(self, event: RetryDue) -> None:
+        if self._delayed.get(event.task) == event.attempt:
+            del self._delayed[event.task]
+            self._table.let_go(event.task)
+
+    def _on_caught(self, event: TaskCaught) -> None:
+        task, attempt = event.task, event.attempt
+        if self._catching.get(task) != attempt:
+            return
+        del self._catching[task]
+        if not self._is_current(task, attempt):  # committed by a late record, or the run is ending
+            self._release(task, attempt)
+            return
+        incarnation = self._ranks.incarnation(event.rank)
+        self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
+        if task in self._table.due:
+            self._commit(task)
+
 
 _HANDLERS: dict[type, Any] = {
     Start: Scheduler._on_start,
@@ -321,4 +374,6 @@ _HANDLERS: dict[type, Any] = {
     CommitFailed: Scheduler._on_commit_failed,
     ObjectsLost: Scheduler._on_objects_lost,
     Cancel: Scheduler._on_cancel,
+    RetryDue: Scheduler._on_retry_due,
+    TaskCaught: Scheduler._on_caught,
 }

@@ -26,6 +26,11 @@ class Settings:
     shared_constant_size: int = 64 * 1024
     #: seconds between two progress reports of a task; those in between are dropped
     progress_interval: float = 0.2
+    #: seconds before the first retry of a task that failed, at most: the wait is drawn from 0 to that, since tasks that
+    #: have failed together would fail together again. Doubled with each further retry. 0: no waiting
+    retry_backoff: float = 0.1
+    #: seconds that a retry waits at most, however often the task has failed
+    retry_backoff_max: float = 30.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -67,7 +67,7 @@ class TaskTable:
         self.due: set[int] = set()
         #: for pending tasks: data dependencies that are not usable
         self.missing = [0] * count
-        #: control edges not met yet; once met they stay met, so it never grows after `begin`
+        #: control edges not met yet; once met they stay met. One more for a task that is held (`hold`)
         self.blocked = [0] * count
         #: consumers (wanted, by data) that are pending or RUNNING: who may still read the output
         self.readers = [0] * count
@@ -229,3 +229,11 @@ class TaskTable:
 
     def _is_gone(self, task: int) -> bool:
         return self.state[task] is TaskState.IDLE and task not in self.committed
+
+    def hold(self, task: int) -> None:
+        """Keep a task from being READY, also if its inputs are lost and made anew meanwhile, until `let_go`."""
+        self.blocked[task] += 1
+
+    def let_go(self, task: int) -> None:
+        """End a `hold`."""
+        self._unblock([task])

@@ -264,6 +264,9 @@ class Agent:
             output=job.output,
             inline_limit=self._store.inline_limit,
             sys_path=spec.sys_path,
+            timeout=task.timeout,
+            memory=task.memory,
+            catch=task.catch_exceptions,
         )
         job.handle = self._pool.submit(
             request,
@@ -297,7 +300,7 @@ class Agent:
         elif isinstance(result, TaskFailed):
             self._task_failed(job, result)
         elif isinstance(result, TaskCrashed):
-            self._failed(job, Failure("crash", result.reason))
+            self._failed(job, Failure(result.kind, result.reason))
         elif isinstance(result, TaskCancelled):
             self._failed(job, Failure("canceled", "canceled"))
 

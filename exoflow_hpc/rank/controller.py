@@ -21,13 +21,14 @@ from exoflow_hpc.journal import Journal
 from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
-from exoflow_hpc.rank.failure import Failure
+from exoflow_hpc.rank.failure import Failure, pack_caught
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.recovery import descendants
 from exoflow_hpc.scheduler import Scheduler
+from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi import ClosedError, EvictedError
 from hoplite_mpi.ids import ObjectID
@@ -76,7 +77,11 @@ class Controller:
         #: task → checksum of an output that was committed and is void now: made again, it has to be the same
         self._voided = voided_tasks(spec, past)
         self._scheduler = Scheduler(
-            spec, committed=self._committed, attempts={t: r.attempt for t, r in self._committed.items()}
+            spec,
+            committed=self._committed,
+            attempts={t: r.attempt for t, r in self._committed.items()},
+            settings=Settings.from_environment(),
+            seed=self._run,
         )
         self._outputs: dict[int, Output] = {}
         #: task → (attempt, rank) of a write that was asked for and not answered
@@ -268,6 +273,10 @@ class Controller:
                     self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
                 case ev.Finish():
                     self._finish(what)
+                case ev.RetryAfter():
+                    self._retry_after(what)
+                case ev.Catch():
+                    self._catch(what)
 
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
@@ -390,4 +399,20 @@ class Controller:
         counters = self._scheduler.counters
         self._progress.update(
             total=len(self._spec.tasks), committed=len(self._committed), started=counters.run, rerun=counters.rerun
+        )
+
+    # -- failures ----------------------------------------------------------------------------------------------------------------
+
+    def _retry_after(self, what: ev.RetryAfter) -> None:
+        self._loop.after(what.delay, lambda: self._handle(ev.RetryDue(what.task, what.attempt)))
+
+    def _catch(self, what: ev.Catch) -> None:
+        """Make the error of an attempt its output: here, since of a crash no worker is left to make it."""
+        name = self._spec.tasks[what.task].name
+        failure = what.error if isinstance(what.error, Failure) else Failure("crash", str(what.error))
+        plan = pack_caught(failure, name)
+        # small, so it never needs the store
+        self._outputs[what.task] = Output(what.attempt, plan.meta, plan.to_bytes(), self._store.rank)
+        self._loop.post(
+            lambda: self._handle(ev.TaskCaught(what.task, what.attempt, self._store.rank, plan.meta.nbytes))
         )

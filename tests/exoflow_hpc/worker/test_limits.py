@@ -192,6 +192,7 @@ def test_crash_at_the_limit_names_it(own_pool: WorkerPool, tools: Any) -> None:
 
 
 def test_workers_go_before_the_rank(pool: WorkerPool, tools: Any) -> None:
+    tools.call(pool, int)
     adjusted = [Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in pool.statistics().pids]
     assert adjusted and set(adjusted) == {"1000"}
     server = pool.statistics().forkserver_pid
