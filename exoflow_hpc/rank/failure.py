@@ -62,13 +62,13 @@ def pack_caught(failure: Failure, task: str) -> Plan:
     have: consumers rebuild it from its pickle, and its cause is a `TaskError` with text and traceback. Where they can't, and
     where it is too large, that is the error.
     """
-    error = failure.to_error(task)
-    if failure.kind == "exception":
-        error = TaskError(f"task {task!r} raised {_shorten(failure.text)}", task, _shorten(failure.traceback))
-        if failure.pickled:
-            plan = pack((None, _Caught(failure.pickled, dumps(error))))
-            if plan.nbytes <= _MAX_CAUGHT:
-                return plan
+    if failure.kind != "exception":
+        return pack((None, failure.to_error(task)))
+    error = TaskError(f"task {task!r} raised {_shorten(failure.text)}", task, _shorten(failure.traceback))
+    if failure.pickled:
+        plan = pack((None, _Caught(failure.pickled, dumps(error))))
+        if plan.nbytes <= _MAX_CAUGHT:
+            return plan
     return pack((None, error))
 
 
