@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < 0:
-                raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more, and finite")
 
     @classmethod
     def from_environment(cls, base: Settings | None = None) -> Settings:

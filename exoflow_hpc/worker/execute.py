@@ -16,7 +16,7 @@ from ..context import TaskContext, activate
 from ..payload import load_arguments, load_function, load_value
 from ..serialize import pack, unpack
 from .failure import describe
-from .memory import Used, describe_size, limited
+from .memory import Used, describe_size, is_shortage, limited
 from .protocol import InlineInput, Input, TaskDone, TaskFailed, TaskRequest
 
 __all__ = ["Executor", "flush_output"]
@@ -85,7 +85,7 @@ class Executor:
             if stage == "call":
                 seconds = time.perf_counter() - began
             note = ""
-            if used is not None and request.memory is not None and isinstance(error, MemoryError):
+            if used is not None and request.memory is not None and is_shortage(error):
                 note = f"limit memory={describe_size(request.memory)}, allocated {describe_size(used.allocated)}"
             return describe(error, stage, retryable=self._is_retryable(request, error), seconds=seconds, note=note)
 

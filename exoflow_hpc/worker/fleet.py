@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -189,6 +190,11 @@ class Fleet:
         for worker in list(self.workers.values()):
             worker.condemned = worker.orphaned = True
             worker.cause = worker.cause or f"died with its forkserver, which {text}"
+            if (
+                worker.pid is not None
+            ):  # what it has started has nobody else to end it, and it may have got out of its own end
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(worker.pid, signal.SIGKILL)
             self._read(worker, all_of_it=True)
             if worker.eof:
                 self._remove(worker, worker.cause, None)

@@ -9,12 +9,13 @@ memory of all of the task's processes every moment, and kills the worker whose t
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 from collections.abc import Iterator
 
 from .tree import descendants
 
-__all__ = ["Used", "describe_size", "limited", "mark_for_oom", "private_memory", "used_by_tree"]
+__all__ = ["Used", "describe_size", "is_shortage", "limited", "mark_for_oom", "private_memory", "used_by_tree"]
 
 _KIB = 1024
 
@@ -53,6 +54,13 @@ def limited(used: Used | None, limit: int | None) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError, ValueError):  # the task has lowered the hard limit
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether *error* is how Python says that the kernel refused memory: for an object, a mapping, a thread's stack."""
+    if isinstance(error, RuntimeError):
+        return error.args == ("can't start new thread",)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def mark_for_oom() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgpack
 
 from .protocol import describe_exit
+from .tree import descendants
 
 __all__ = ["Spawner", "WorkerExited", "WorkerStarted", "WorkerUnstarted"]
 
@@ -125,9 +126,11 @@ class Spawner:
                 found.append(WorkerUnstarted(number, detail))
 
     def abort(self) -> None:
-        """Kill the forkserver; the kernel kills its workers."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL)
+        """Kill the forkserver and all that is below it: nobody else ends what has left its worker's group."""
+        below = descendants(self._process.pid)
+        for pid in (self._process.pid, *below):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def bury(self) -> str:
         """Reap a forkserver that is gone and say how it ended."""
@@ -145,7 +148,7 @@ class Spawner:
         try:
             return self._process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.abort()
             self._process.wait()
             return False
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from exoflow_hpc.worker.tree import descendants
 
 if TYPE_CHECKING:
     from .conftest import Cli, Process
@@ -59,6 +65,12 @@ def arguments(cli: Cli, body: str, ranks: int = 1) -> list[str]:
     return ["run", cli.file(body), "--id", "w", "--ranks", str(ranks), *inputs, "--json"]
 
 
+def _is_sleep(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+    return False
+
+
 def start_hostile(cli: Cli, options: str, ranks: int) -> Process:
     names = "sleep, hold_gil, ignore_signals, multiply"
     body = f"\ndef workflow(directory):\n    return total.bind([f.options({options}).bind(directory) for f in ({names})])\n"
@@ -84,7 +96,23 @@ def test_timeout_ends_everything_that_runs(cli: Cli) -> None:
     result = start_hostile(cli, "timeout=2, max_retries=1, retry_delay=0, catch_exceptions=True", 1).wait()
     assert result.code == 1  # `total` can't add the errors
     assert result.json["ranks"]["lost"] == 0
-    assert cli.times("runs") == dict.fromkeys(("sleep", "hold_gil", "ignore_signals", "multiply"), 2)
+    counts = cli.times("runs")
+    assert set(counts) == {"sleep", "hold_gil", "ignore_signals", "multiply"}
+    assert max(counts.values()) == 2, "each is retried once"
+
+
+def test_kill_the_rank_of_everything_that_runs(cli: Cli) -> None:
+    """No process of a task outlives its rank; the tasks run again on the one that takes its place."""
+    run = start_hostile(cli, "", 1)
+    cli.wait_until(lambda: len(cli.times("runs")) == 4, "all tasks run")
+    (rank,) = {cli.rank_of(pid)[1] for pid in cli.processes() if _is_sleep(pid)}
+    below = descendants(rank)
+    assert sum(map(_is_sleep, below)) == 1 and len(below) > 6
+    os.kill(rank, signal.SIGKILL)
+    cli.wait_until(lambda: not {*below} & {*cli.processes()}, "all that was below the rank is gone")
+    cli.wait_until(lambda: set(cli.times("runs").values()) == {2}, "all tasks run again")
+    assert cli("cancel", "w").code == 0
+    assert run.wait().json["status"] == "CANCELED"
 
 
 def test_timeout_fails_the_workflow(cli: Cli) -> None:

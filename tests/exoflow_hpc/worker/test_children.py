@@ -188,6 +188,55 @@ def test_blocked_signals_and_alarms_hit_no_other_task(tools: Any) -> None:
     assert b"\0" in result.inline and result.inline.endswith(b"\0")
 
 
+def test_worker_that_leaves_its_group(own_pool: WorkerPool, tools: Any) -> None:
+    def leave() -> None:
+        from exoflow_hpc.context import context
+
+        os.setpgid(0, os.getpgid(os.getppid()))
+        context().progress(1.0, "left")
+        signal.pause()
+
+    task = tools.Submitted(own_pool, tools.request(leave))
+    task.reported()
+    assert own_pool.cancel(task.handle)
+    assert task.result() == TaskCancelled(True)
+
+
+def test_forkserver_is_killed_under_a_task_with_children(own_pool: WorkerPool, tools: Any) -> None:
+    """The worker has even undone what ends it with the forkserver."""
+
+    def start() -> None:
+        import ctypes
+
+        from exoflow_hpc.context import context
+
+        ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+        child = subprocess.Popen(["sleep", "1000"])
+        context().progress(1.0, f"{os.getpid()} {child.pid}")
+        signal.pause()
+
+    task = tools.Submitted(own_pool, tools.request(start))
+    pids = [int(pid) for pid in task.reported().split()]
+    server = own_pool.statistics().forkserver_pid
+    assert server is not None
+    os.kill(server, signal.SIGKILL)
+    assert isinstance(task.result(), TaskCrashed)
+    tools.wait_gone(*pids)
+
+
+def test_forkserver_that_is_stuck_takes_all_with_it(tools: Any) -> None:
+    pool = WorkerPool(1)
+    pool.start()
+    task = tools.Submitted(pool, tools.request(then_wait))
+    daemon = int(task.reported())
+    server = pool.statistics().forkserver_pid
+    assert server is not None
+    os.kill(server, signal.SIGSTOP)
+    pool.close(timeout=0.1)
+    assert task.result() == TaskCancelled(True)
+    tools.wait_gone(server, daemon)
+
+
 def test_task_that_kills_its_forkserver(own_pool: WorkerPool, tools: Any) -> None:
     result = tools.call(own_pool, lambda: os.kill(os.getppid(), signal.SIGKILL))
     assert isinstance(result, (TaskCrashed, TaskDone))  # it may have answered before the kernel killed it

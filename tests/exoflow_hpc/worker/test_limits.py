@@ -124,6 +124,28 @@ def test_allocation_above_the_limit_is_a_memory_error(pool: WorkerPool, tools: A
     assert all(isinstance(tools.call(pool, allocate, 200 * MIB), TaskDone) for _ in range(4))
 
 
+def start_thread() -> None:
+    import threading
+
+    threading.stack_size(256 * MIB)
+    threading.Thread(target=int).start()
+
+
+def map_memory() -> None:
+    import mmap
+
+    mmap.mmap(-1, 256 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@pytest.mark.parametrize(("function", "kind"), [(start_thread, "RuntimeError"), (map_memory, "OSError")])
+def test_other_errors_for_want_of_memory_name_the_limit(tools: Any, function: Any, kind: str) -> None:
+    with WorkerPool(1) as pool:
+        result = tools.call(pool, function, memory=100 * MIB)
+    assert isinstance(result, TaskFailed)
+    assert result.type_names[0] == f"builtins.{kind}"
+    assert "limit memory=100 MiB, allocated " in result.message
+
+
 def test_limit_is_on_top_of_what_the_worker_has(tools: Any) -> None:
     def hoard() -> None:
         sys.hoard = bytearray(150 * MIB)  # type: ignore[attr-defined]
