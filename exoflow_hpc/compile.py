@@ -170,10 +170,15 @@ class _Compiler:
             retry=self.blobs.add_object(kinds, lambda value: self._dump_retry(value, name)) if kinds else "",
             op=node.op if isinstance(node, ReduceNode) else "",
             blobs=payload.blobs,
-            deterministic=node.options.deterministic,
+            # whether a failure is caught can depend on what else happens: on a crash, on how long something takes
+            deterministic=node.options.deterministic and not node.options.catch_exceptions,
             external=node.options.external,
             idempotent=node.options.idempotent,
             rollback=self._rollback(node, name),
+            timeout=node.options.timeout,
+            memory=node.options.memory,
+            catch_exceptions=node.options.catch_exceptions,
+            retry_delay=node.options.retry_delay,
         )
 
     def _rollback(self, node: StepNode, name: str) -> str:
@@ -208,6 +213,7 @@ class _Compiler:
                 (task.name, task.kind, task.data, task.after, task.barriers, task.checkpoint, task.max_retries, task.op)
             )
             digest.add((task.deterministic, task.external, task.idempotent))
+            digest.add((task.timeout, task.memory, task.catch_exceptions, task.retry_delay))
             digest.add(node.options.retry_exceptions)
             digest.add(node.options.rollback)
             if isinstance(node, TaskNode):

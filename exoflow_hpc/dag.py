@@ -257,6 +257,8 @@ def reduce(nodes: Iterable[StepNode], op: Any = "sum", name: str | None = None, 
     for source in sources:
         if not isinstance(source, StepNode):
             raise TypeError(f"reduce() takes a list of tasks' nodes; {source!r} is not one")
+        if source.options.catch_exceptions:
+            raise TypeError(f"reduce() adds arrays; {source!r} has catch_exceptions, so its output is (value, error)")
     if not sources:
         raise ValueError("reduce() of no nodes has no value: give it at least one")
     if len({id(source) for source in sources}) != len(sources):

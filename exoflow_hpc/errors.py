@@ -19,6 +19,7 @@ __all__ = [
     "StorageError",
     "TaskCrashedError",
     "TaskError",
+    "TaskTimeoutError",
     "UnknownRecordError",
     "WorkflowActiveError",
     "WorkflowExistsError",
@@ -100,6 +101,10 @@ def _rebuild(kind: type[TaskError], message: str, task: str, traceback_text: str
     except Exception:  # its module isn't here: the traceback text still says it all
         error = None
     return kind(message, task, traceback_text, error)
+
+
+class TaskTimeoutError(TaskError):
+    """An attempt of a task took longer than the task's ``timeout``, and was killed. There is no traceback of it."""
 
 
 class TaskCrashedError(ExoFlowError):

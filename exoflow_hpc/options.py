@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +21,8 @@ CHECKPOINT_MODES = ("sync", "async", "skip", "auto")
 #: any other value is refused, since ignoring one would break what it promises
 _NOT_YET: dict[str, Any] = {
     "num_returns": 1,
-    "catch_exceptions": False,
-    "timeout": None,
     "cpus": 1,
     "gpus": 0,
-    "memory": None,
     "tags": (),
     "ranks": 1,
     "isolation": "process",
@@ -40,9 +39,19 @@ class TaskOptions:
     workflow
     ends when the output is durable), ``"skip"`` (never written, unless it is the workflow's output), ``"auto"`` (what
     the workflow says; if it says nothing, as ``"async"``).
-    max_retries: how often the task is started again after a crash of its worker or an exception of `retry_exceptions`,
-    both counted together. Lost ranks are counted apart (`Settings.max_rank_losses`).
+    max_retries: how often the task is started again after a crash of its worker, a timeout, or an exception of
+    `retry_exceptions`, all counted together. Lost ranks are counted apart (`Settings.max_rank_losses`).
     retry_exceptions: True (every `Exception`), False or () (none), or a tuple of exception types.
+    retry_delay: seconds to wait before the first retry, at most; twice that before the second, and so on up to
+    `Settings.retry_backoff_max`. None: `Settings.retry_backoff`; 0: no waiting.
+    timeout: seconds that an attempt may take in its worker; None: no limit. Then its worker is killed, with all that the
+    task has started, whatever that does against it.
+    memory: bytes, or a string such as ``"2GiB"``, that the task and what it starts may allocate; None: no limit. An
+    allocation above it is a `MemoryError`; where it is not seen in time, the worker is killed. Inputs that are mapped from
+    shared memory don't count.
+    catch_exceptions: the output is ``(value, None)``, or ``(None, error)`` if the task has failed after all its retries:
+    the exception that it raised, a `TaskCrashedError` or a `TaskTimeoutError`. Since a crash can come or not, such a task
+    never counts as deterministic.
     deterministic: it gives the same output for the same inputs. If not, nobody ever sees two values of it: what was
     computed from a value that is lost is void (R5), and it is committed before an effect that can't be undone (R3).
     external: it has an effect outside of the workflow, so it needs `idempotent` or `rollback` (R4).
@@ -60,6 +69,11 @@ class TaskOptions:
     external: bool = False
     idempotent: bool = False
     rollback: Callable[..., Any] | None = None
+    timeout: float | None = None
+    #: bytes
+    memory: int | None = None
+    catch_exceptions: bool = False
+    retry_delay: float | None = None
 
 
 def make_options(base: TaskOptions, changes: dict[str, Any]) -> TaskOptions:
@@ -130,6 +144,39 @@ def _check_retry_exceptions(value: Any) -> tuple[type[BaseException], ...]:
     return kinds
 
 
+def _seconds(name: str, value: Any, *, zero: bool) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} has to be a number of seconds or None, not {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name}={value!r} has to be a finite number of seconds, {'0 or more' if zero else 'above 0'}")
+    return float(value)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", re.IGNORECASE | re.ASCII)
+
+
+def _check_memory(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value)
+        if found is None:
+            raise ValueError(
+                f"memory={value!r} is no size: write a number of bytes, or one with a unit as in '2GiB', '500 MB'"
+            )
+        size = int(float(found[1]) * _UNITS[found[2].upper()])
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"memory has to be a number of bytes, a string such as '2GiB', or None, not {value!r}")
+    else:
+        size = value
+    if not 0 < size < 2**62:
+        raise ValueError(f"memory={value!r} has to be more than 0 bytes, and less than there can be")
+    return size
+
+
 def _check_bool(name: str) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -168,4 +215,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "external": _check_bool("external"),
     "idempotent": _check_bool("idempotent"),
     "rollback": _check_rollback,
+    "timeout": lambda value: _seconds("timeout", value, zero=False),
+    "memory": _check_memory,
+    "catch_exceptions": _check_bool("catch_exceptions"),
+    "retry_delay": lambda value: _seconds("retry_delay", value, zero=True),
 }

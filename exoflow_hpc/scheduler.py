@@ -7,6 +7,7 @@ seen to by `undoing`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .scheduler_events import (
     AttemptsOver,
     Cancel,
     CancelAttempt,
+    Catch,
     Commit,
     CommitFailed,
     Counters,
@@ -28,9 +30,12 @@ from .scheduler_events import (
     RankJoined,
     RankLost,
     Release,
+    RetryAfter,
+    RetryDue,
     RollbackFailed,
     RolledBack,
     Start,
+    TaskCaught,
     TaskCommitted,
     TaskFailed,
     TaskFinished,
@@ -44,7 +49,10 @@ from .undoing import Undoing
 
 __all__ = ["Scheduler", "TaskState"]
 
-_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled")
+_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled", "timeout", "memory")
+
+#: what ``catch_exceptions`` catches: what the task or its process did, and not what befell its rank, inputs or storage
+_CAUGHT = ("exception", "crash", "timeout", "memory")
 
 
 class Scheduler:
@@ -55,6 +63,7 @@ class Scheduler:
     effects: external tasks that were started and not rolled back since, in the order of their first start.
     unseen: (task, attempt) of external tasks that may still run somewhere, until `AttemptsOver`. deviant: tasks that are
     taken to be deterministic and are not (R12).
+    seed: the waits before retries are drawn from it; the same seed, the same waits.
 
     Promises: each task that runs and whose checkpoint is not ``"skip"`` is committed before the run is SUCCESSFUL, even
     if all its consumers have finished and its bytes are lost (then it runs again). A promise binds the run that made
@@ -71,6 +80,7 @@ class Scheduler:
         effects: Sequence[int] = (),
         unseen: Iterable[tuple[int, int]] = (),
         deviant: Iterable[int] = (),
+        seed: str = "",
     ) -> None:
         self.spec = spec
         self._settings = settings or Settings()
@@ -91,6 +101,11 @@ class Scheduler:
         self._commit_failures: dict[int, int] = {}
         self._failures: dict[int, int] = {}
         self._losses: dict[int, int] = {}
+        self._seed = seed
+        #: task → its attempt that failed, for those that wait before they run again
+        self._delayed: dict[int, int] = {}
+        #: task → its attempt that failed for good, while its error is made its output
+        self._catching: dict[int, int] = {}
         #: tasks that were dispatched
         self._run: set[int] = set()
         self._dispatches = 0
@@ -178,7 +193,7 @@ class Scheduler:
         self._undoing.undo(begin.undo)
         self._table.begin(begin)
         # what may still run somewhere must not run twice at a time
-        self._table.hold([task for task in self._undoing.unseen if task in set(begin.wanted) - begin.hold])
+        self._table.hold_back([task for task in self._undoing.unseen if task in set(begin.wanted) - begin.hold])
 
     def _on_rank_joined(self, event: RankJoined) -> None:
         known = self._ranks.incarnation(event.rank)
@@ -228,7 +243,10 @@ class Scheduler:
         may_retry = event.retryable if event.kind == "exception" else True
         if may_retry and self._failures.get(task, 0) < self.spec.tasks[task].max_retries:
             self._failures[task] = self._failures.get(task, 0) + 1
-            self._table.requeue(task)
+            self._retry(task)
+        elif self.spec.tasks[task].catch_exceptions and event.kind in _CAUGHT:
+            self._catching[task] = event.attempt
+            self._out.append(Catch(task, event.attempt, event.error))
         else:
             self._end(Finish("FAILED", task, event.kind, event.error))
 
@@ -438,6 +456,41 @@ class Scheduler:
             self._cancel_all()
             self._out.append(Finish("SUCCESSFUL", self.spec.output))
 
+    # ------------------------------------------------------------------------------------------ waiting, catching
+    def _retry(self, task: int) -> None:
+        """Run the task again: after a while that grows with its failures, so that what was overloaded can recover."""
+        first = self.spec.tasks[task].retry_delay
+        base = self._settings.retry_backoff if first is None else first
+        # the exponent is bounded, or the float would overflow
+        longest = min(base * 2.0 ** min(self._failures[task] - 1, 60), max(base, self._settings.retry_backoff_max))
+        if longest <= 0:
+            self._table.requeue(task)
+            return
+        attempt = self._attempt[task]
+        delay = random.Random(f"{self._seed}/{task}/{attempt}").uniform(0, longest)
+        self._delayed[task] = attempt
+        self._table.hold((task,))
+        self._table.requeue(task)
+        self._out.append(RetryAfter(task, attempt, delay))
+
+    def _on_retry_due(self, event: RetryDue) -> None:
+        if self._delayed.get(event.task) == event.attempt:
+            del self._delayed[event.task]
+            self._table.let_go(event.task)
+
+    def _on_caught(self, event: TaskCaught) -> None:
+        task, attempt = event.task, event.attempt
+        if self._catching.get(task) != attempt:
+            return
+        del self._catching[task]
+        if not self._is_current(task, attempt):  # committed by a late record, or the run is ending
+            self.released(task, attempt)
+            return
+        incarnation = self._ranks.incarnation(event.rank)
+        self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
+        if task in self._table.due:
+            self._commit(task)
+
 
 _HANDLERS: dict[type, Any] = {
     Start: Scheduler._on_start,
@@ -453,4 +506,6 @@ _HANDLERS: dict[type, Any] = {
     RolledBack: Scheduler._on_rolled_back,
     RollbackFailed: Scheduler._on_rollback_failed,
     Cancel: Scheduler._on_cancel,
+    RetryDue: Scheduler._on_retry_due,
+    TaskCaught: Scheduler._on_caught,
 }

@@ -12,6 +12,7 @@ __all__ = [
     "AttemptsOver",
     "Cancel",
     "CancelAttempt",
+    "Catch",
     "Commit",
     "CommitFailed",
     "Counters",
@@ -24,10 +25,13 @@ __all__ = [
     "RankJoined",
     "RankLost",
     "Release",
+    "RetryAfter",
+    "RetryDue",
     "Rollback",
     "RollbackFailed",
     "RolledBack",
     "Start",
+    "TaskCaught",
     "TaskCommitted",
     "TaskFailed",
     "TaskFinished",
@@ -109,7 +113,8 @@ class TaskFinished:
 class TaskFailed:
     """An attempt ended without an output. Each ends in exactly one `TaskFinished` or `TaskFailed`, or with its rank.
 
-    kind: ``"exception"`` (the function raised), ``"crash"`` (its worker died), ``"rank-lost"`` (its rank did),
+    kind: ``"exception"`` (the function raised), ``"crash"`` (its worker died), ``"timeout"`` and ``"memory"``
+    (its worker was killed for a limit of the task's), ``"rank-lost"`` (its rank did),
     ``"lost-input"`` (an input could not be had: *missing* names it, as (task, attempt)), ``"storage"`` (an input could
     not be read from the storage, though it may be whole), ``"canceled"`` (as told by `CancelAttempt`).
     retryable: for an exception, whether it is of the task's `retry_exceptions`.
@@ -153,6 +158,24 @@ class Cancel:
     """The user wants the workflow to stop."""
 
 
+@dataclass(frozen=True, slots=True)
+class RetryDue:
+    """The time of a `RetryAfter` is over."""
+
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCaught:
+    """The output that `Catch` asked for is in the memory of *rank*."""
+
+    task: int
+    attempt: int
+    rank: int
+    nbytes: int = 0
+
+
 Event = (
     Start
     | RankJoined
@@ -167,6 +190,8 @@ Event = (
     | RolledBack
     | RollbackFailed
     | Cancel
+    | RetryDue
+    | TaskCaught
 )
 
 
@@ -250,7 +275,25 @@ class Finish:
     error: Any = None
 
 
-Instruction = Dispatch | Commit | Release | CancelAttempt | Void | Rollback | Finish
+@dataclass(frozen=True, slots=True)
+class RetryAfter:
+    """Say `RetryDue` in *delay* seconds: *attempt* has failed, and the task waits for that long before the next one."""
+
+    task: int
+    attempt: int
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Catch:
+    """Make the output (None, error) of *attempt*, which has failed for good; answer with `TaskCaught`."""
+
+    task: int
+    attempt: int
+    error: Any = None
+
+
+Instruction = Dispatch | Commit | Release | CancelAttempt | Void | Rollback | RetryAfter | Catch | Finish
 
 
 @dataclass(frozen=True, slots=True)

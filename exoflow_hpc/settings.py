@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,17 @@ class Settings:
     shared_constant_size: int = 64 * 1024
     #: seconds between two progress reports of a task; those in between are dropped
     progress_interval: float = 0.2
+    #: seconds before the first retry of a task that failed, at most: the wait is drawn from 0 to that, since tasks that
+    #: have failed together would fail together again. Doubled with each further retry. 0: no waiting
+    retry_backoff: float = 0.1
+    #: seconds that a retry waits at most, however often the task has failed
+    retry_backoff_max: float = 30.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < 0:
-                raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more, and finite")
 
     @classmethod
     def from_environment(cls, base: Settings | None = None) -> Settings:

@@ -58,6 +58,14 @@ class TaskSpec:
     idempotent: bool = False
     #: key of the blob with the function that undoes the effect; empty: none
     rollback: str = ""
+    #: seconds that an attempt may take in its worker
+    timeout: float | None = None
+    #: bytes that an attempt may allocate
+    memory: int | None = None
+    #: the output is (value, None) or (None, error)
+    catch_exceptions: bool = False
+    #: seconds before the first retry; None: `Settings.retry_backoff`
+    retry_delay: float | None = None
 
     def arguments(self, output: Any, blob: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs): ``output(index)`` gives the output of a task, ``blob(key)`` the value of a blob."""
@@ -135,6 +143,10 @@ class WorkflowSpec:
                 t.external,
                 t.idempotent,
                 t.rollback,
+                t.timeout,
+                t.memory,
+                t.catch_exceptions,
+                t.retry_delay,
             ]
             for t in self.tasks
         ]

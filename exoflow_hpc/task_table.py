@@ -124,7 +124,7 @@ class TaskTable:
                 self._barred[upstream].append(index)
                 self.blocked[index] += upstream not in self.committed
         self.due = set(self.promised)
-        self.hold(plan.hold)
+        self.hold_back(plan.hold)
         self._await_inputs(self.wanted)
 
     # ------------------------------------------------------------------------------------------------- transitions
@@ -197,7 +197,11 @@ class TaskTable:
         return news
 
     def hold(self, tasks: Iterable[int]) -> None:
-        """Keep tasks that have not been dispatched from being so; the listener is told, and `let_go` ends it."""
+        """Keep tasks from being READY, also if their inputs are lost and made anew meanwhile, until `let_go`."""
+        self._block(tasks)
+
+    def hold_back(self, tasks: Collection[int]) -> None:
+        """Hold tasks, and tell the listener, who lets them go when nothing is left to be undone."""
         self._block(tasks)
         self._listener.held_back(tasks)
 
@@ -295,7 +299,7 @@ class TaskTable:
                     seeds.extend(self.tasks[index].data)
                 self._void(index)
         if void:
-            self.hold({*sources, *(index for index in void if index in self._effects)})
+            self.hold_back({*sources, *(index for index in void if index in self._effects)})
         self._repeat([index for index in again if index not in void])
         self._await_inputs(again)
         for index in void:
@@ -307,7 +311,7 @@ class TaskTable:
         """What had been started outside must not start again before that is over, and undone where it isn't harmless."""
         for index in tasks:
             if index in self._effects:
-                self.hold((index,))
+                self.hold_back((index,))
                 self._listener.repeated(index)
 
     def _is_needed(self, task: int) -> bool:

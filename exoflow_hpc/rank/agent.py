@@ -286,6 +286,9 @@ class Agent:
             sys_path=spec.sys_path,
             rollback=task.rollback if run.rollback else "",
             result=len(task.data) if run.rollback and len(run.inputs) > len(task.data) else -1,
+            timeout=task.timeout,
+            memory=task.memory,
+            catch=task.catch_exceptions and not run.rollback,
         )
         job.handle = self._pool.submit(
             request,
@@ -319,7 +322,7 @@ class Agent:
         elif isinstance(result, TaskFailed):
             self._task_failed(job, result)
         elif isinstance(result, TaskCrashed):
-            self._failed(job, Failure("crash", result.reason))
+            self._failed(job, Failure(result.kind, result.reason))
         elif isinstance(result, TaskCancelled):
             self._failed(job, Failure("canceled", "canceled"))
 

@@ -22,14 +22,15 @@ from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
 from exoflow_hpc.rank.effects import Effects
-from exoflow_hpc.rank.failure import Failure
-from exoflow_hpc.rank.leases import Leases, unfinished
+from exoflow_hpc.rank.failure import Failure, pack_caught
+from exoflow_hpc.rank.leases import GRACE, Leases, unfinished
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.semantics import descendants
+from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi import ClosedError, EvictedError
 from hoplite_mpi.ids import ObjectID
@@ -97,6 +98,8 @@ class Controller:
             effects=list(facts.effects),
             unseen=[(task, start.attempt) for task, start in self._unfinished],
             deviant=facts.deviant,
+            settings=Settings.from_environment(),
+            seed=self._run,
         )
         self._outputs: dict[int, Output] = {}
         #: task → (attempt, rank) of a write that was asked for and not answered
@@ -142,7 +145,12 @@ class Controller:
                     del self._running[task, attempt]
                     self._effects.stopped(task, attempt)
                     self._store.delete(self._id(task, attempt))
-            self._handle(ev.RankLost(rank, incarnation))
+            # who may have effects still is waited for; dead workers of a dead rank, too, may be a moment behind it
+            unseen = [which for which in running if self._spec.tasks[which[0]].external]
+            self._handle(ev.RankLost(rank, incarnation, certain=not unseen))
+            if unseen:
+                dead = self._store.is_dead(rank, incarnation)
+                self._let_end(self._leases.seconds_left(rank, dead), unseen)
             for task, (attempt, writer) in list(self._writing.items()):
                 if writer == rank:
                     del self._writing[task]
@@ -216,7 +224,7 @@ class Controller:
                 # it has stopped what it ran in older epochs
                 stopped = [(t, start.attempt) for t, start in self._unfinished if start.process == message.process]
                 if stopped:
-                    self._let_end(self._leases.seconds_left(rank, dead=True), stopped)
+                    self._let_end(GRACE, stopped)
                 self._grant(rank, message.sent)
                 self._handle(ev.RankJoined(rank, incarnation, message.slots))
             case ms.Finished():
@@ -349,6 +357,10 @@ class Controller:
                     self._roll_back(what)
                 case ev.Finish():
                     self._finish(what)
+                case ev.RetryAfter():
+                    self._retry_after(what)
+                case ev.Catch():
+                    self._catch(what)
 
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
@@ -539,4 +551,20 @@ class Controller:
         counters = self._scheduler.counters
         self._progress.update(
             total=len(self._spec.tasks), committed=len(self._committed), started=counters.run, rerun=counters.rerun
+        )
+
+    # -- failures ----------------------------------------------------------------------------------------------------------------
+
+    def _retry_after(self, what: ev.RetryAfter) -> None:
+        self._loop.after(what.delay, lambda: self._handle(ev.RetryDue(what.task, what.attempt)))
+
+    def _catch(self, what: ev.Catch) -> None:
+        """Make the error of an attempt its output: here, since of a crash no worker is left to make it."""
+        name = self._spec.tasks[what.task].name
+        failure = what.error if isinstance(what.error, Failure) else Failure("crash", str(what.error))
+        plan = pack_caught(failure, name)
+        # small, so it never needs the store
+        self._outputs[what.task] = Output(what.attempt, plan.meta, plan.to_bytes(), self._store.rank)
+        self._loop.post(
+            lambda: self._handle(ev.TaskCaught(what.task, what.attempt, self._store.rank, plan.meta.nbytes))
         )

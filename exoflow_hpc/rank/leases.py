@@ -9,12 +9,12 @@ from typing import Any
 from exoflow_hpc import heartbeat, records
 from exoflow_hpc.history import Facts
 
-__all__ = ["Leases", "unfinished"]
+__all__ = ["GRACE", "Leases", "unfinished"]
 
 #: seconds for which one look at the epoch counts
 _CHECKED_FOR = 1.0
-#: seconds in which the workers of a rank that is dead are dead as well, also on a busy machine
-_GRACE = 0.5
+#: seconds in which the workers of a rank that is dead, or has been told to kill them, are dead as well, also on a busy machine
+GRACE = 0.5
 
 
 class Leases:
@@ -44,14 +44,14 @@ class Leases:
     def seconds_left(self, rank: int, dead: bool) -> float:
         """Return for how long a rank that was lost may still have effects; dead: there is proof that its process is."""
         granted = self._granted.pop(rank, self._began)
-        return _GRACE if dead else max(0.0, granted + self._lease - time.monotonic()) + _GRACE
+        return GRACE if dead else max(0.0, granted + self._lease - time.monotonic()) + GRACE
 
     def seconds_left_of(self, starts: Iterable[records.TaskStarted]) -> float:
         """Return for how long tasks of an older epoch may still have effects."""
         if all(start.process and heartbeat.is_gone(start.process) for start in starts):
-            return _GRACE
+            return GRACE
         # its controller may have granted a lease just before this epoch was taken, after a look that was not new
-        return self._lease + _CHECKED_FOR + _GRACE
+        return self._lease + _CHECKED_FOR + GRACE
 
 
 def unfinished(facts: Facts) -> list[tuple[int, records.TaskStarted]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
@@ -16,9 +17,10 @@ from ..context import TaskContext, activate
 from ..payload import load_arguments, load_function, load_value
 from ..serialize import pack, unpack
 from .failure import describe
+from .memory import Used, describe_size, is_shortage, limited
 from .protocol import InlineInput, Input, TaskDone, TaskFailed, TaskRequest
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "flush_output"]
 
 
 class _LostInput(Exception):
@@ -42,6 +44,7 @@ class Executor:
         self._blobs: dict[str, bytes] = {}
         #: key → loaded function. Constants are not kept loaded: a task could change one under the next task
         self._functions: dict[str, Callable[..., Any]] = {}
+        self._pid = os.getpid()
 
     def forget(self) -> None:
         """Drop all blobs and functions."""
@@ -56,39 +59,52 @@ class Executor:
         context = TaskContext(
             identity.workflow_id, identity.task_id, identity.incarnation, identity.attempt, identity.epoch, report
         )
+        used = None if request.memory is None else Used()
         try:
-            _extend_path(request.sys_path)
-            function = self._function(request.function)
-            values: dict[int, Any] = {}
-            stage = "inputs"
-            for index, one in request.inputs.items():
-                values[index] = self._input(index, one)
-            stage = "load"
-            args, kwargs = load_arguments(
-                request.args, lambda index: _known(values, index), lambda key: load_value(_known(self._blobs, key))
-            )
-            stage, began = "call", time.perf_counter()
-            with activate(context):
-                if request.rollback:
-                    self._roll_back(request, context.idempotency_key, args, kwargs, values)
-                    value = None
-                else:
-                    value = function(*args, **kwargs)
-            seconds = time.perf_counter() - began
-            stage = "output"
-            return self._output(request, value, seconds)
+            with limited(used, request.memory):
+                _extend_path(request.sys_path)
+                function = self._function(request.function)
+                values: dict[int, Any] = {}
+                stage = "inputs"
+                for index, one in request.inputs.items():
+                    values[index] = self._input(index, one)
+                stage = "load"
+                args, kwargs = load_arguments(
+                    request.args, lambda index: _known(values, index), lambda key: load_value(_known(self._blobs, key))
+                )
+                stage, began = "call", time.perf_counter()
+                with activate(context):
+                    if request.rollback:
+                        self._roll_back(request, context.idempotency_key, args, kwargs, values)
+                        value = None
+                    else:
+                        value = function(*args, **kwargs)
+                self._end_if_forked()
+                seconds = time.perf_counter() - began
+                stage = "output"
+                return self._output(request, (value, None) if request.catch else value, seconds)
         except _LostInput as error:
             return describe(error, "inputs", lost_inputs=(error.task,))
         except BaseException as error:  # sys.exit() and KeyboardInterrupt of a task fail it, not the worker
+            self._end_if_forked()
             if stage == "call":
                 seconds = time.perf_counter() - began
-            return describe(error, stage, retryable=self._is_retryable(request, error), seconds=seconds)
+            note = ""
+            if used is not None and request.memory is not None and is_shortage(error):
+                note = f"limit memory={describe_size(request.memory)}, allocated {describe_size(used.allocated)}"
+            return describe(error, stage, retryable=self._is_retryable(request, error), seconds=seconds, note=note)
 
     def rest(self) -> None:
         """Give back what finished tasks have left mapped; for the time after the reply."""
         if self._arena is not None and self._used_arena:
             self._used_arena = False
             self._arena.trim()
+
+    def _end_if_forked(self) -> None:
+        """End a child that the task forked and that came back from the task's function: the worker itself replies."""
+        if os.getpid() != self._pid:
+            flush_output()
+            os._exit(0)
 
     def _function(self, key: str) -> Callable[..., Any]:
         function = self._functions.get(key)
@@ -146,6 +162,14 @@ class Executor:
 
             self._arena = Arena.attach(**self._address)
         return self._arena
+
+
+def flush_output() -> None:
+    """Write what is buffered for stdout and stderr, where that is possible."""
+    for stream in (sys.stdout, sys.stderr):
+        # a task may have closed, replaced or removed it, or the reader of the rank's output may be gone
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 def _known(table: Mapping[Any, Any], key: Any) -> Any:

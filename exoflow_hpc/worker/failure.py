@@ -29,10 +29,13 @@ def describe(
     retryable: bool = False,
     lost_inputs: tuple[int, ...] = (),
     seconds: float = 0.0,
+    note: str = "",
 ) -> TaskFailed:
-    """Return the failure that *error* is. Never raises for what a user's exception class does."""
+    """Return the failure that *error* is, with a *note* behind its message. Never raises for what its class does."""
     names = tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
     text, where = _cut(_message(error)), _cut(_user_traceback(error))
+    if note:
+        text = f"{text} ({note})" if text else note
     return TaskFailed(stage, names, text, where, _pickled(error), retryable, lost_inputs, seconds)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
+import signal
 import socket
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .protocol import Progress, TaskDone, TaskFailed, describe_exit
+from .protocol import Began, Progress, TaskDone, TaskFailed, describe_exit
 from .remote import RemoteWorker
 from .spawner import Spawner, WorkerExited, WorkerStarted
 
@@ -29,7 +31,7 @@ class FleetListener(Protocol):
     def worker_ready(self, worker: RemoteWorker) -> None:
         """Take a new worker."""
 
-    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress) -> None:
+    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress | Began) -> None:
         """Take what a worker says about its present task."""
 
     def worker_gone(self, worker: RemoteWorker, text: str, exitcode: int | None) -> None:
@@ -53,6 +55,7 @@ class Fleet:
         #: for people: the last start that failed
         self.failure = ""
         self._failed_starts = 0
+        self._lease: float | None = None
         self._next_number = 1
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -81,6 +84,8 @@ class Fleet:
         """Start the forkserver if it wasn't given. OSError if that can't be done."""
         if self._spawner is None:
             self._spawner = Spawner()
+            if self._lease is not None:
+                self._spawner.set_lease(self._lease)
         self._selector.register(self._spawner, selectors.EVENT_READ, self._on_control)
 
     def fill(self) -> None:
@@ -133,6 +138,12 @@ class Fleet:
             mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.has_output else 0)
             self._selector.modify(worker.socket, mask, key.data)
 
+    def set_lease(self, until: float | None) -> None:
+        """See `Spawner.set_lease`; a forkserver that is started later has it as well."""
+        self._lease = until
+        if self._spawner is not None:
+            self._spawner.set_lease(until)
+
     def kill(self, worker: RemoteWorker, cause: str) -> None:
         """Have *worker* killed, with all processes in its group. The listener is told when it is gone."""
         worker.condemned = True
@@ -171,7 +182,10 @@ class Fleet:
             elif isinstance(event, WorkerExited):
                 # a reply that it sent before its end is still in the socket
                 self._read(worker, all_of_it=True)
-                self._remove(worker, describe_exit(event.exitcode), event.exitcode)
+                text = describe_exit(event.exitcode)
+                if event.exitcode == -signal.SIGKILL:  # and not by us: that has a cause, which is told instead
+                    text += " (out of memory?)"
+                self._remove(worker, text, event.exitcode)
             else:
                 self._remove(worker, event.text, None)
 
@@ -185,6 +199,11 @@ class Fleet:
         for worker in list(self.workers.values()):
             worker.condemned = worker.orphaned = True
             worker.cause = worker.cause or f"died with its forkserver, which {text}"
+            if (
+                worker.pid is not None
+            ):  # what it has started has nobody else to end it, and it may have got out of its own end
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(worker.pid, signal.SIGKILL)
             self._read(worker, all_of_it=True)
             if worker.eof:
                 self._remove(worker, worker.cause, None)
@@ -219,6 +238,8 @@ class Fleet:
             return
         for reply in replies:
             if reply.body is not None:
+                if reply.last:
+                    worker.condemned = worker.retired = True
                 if reply.seq == worker.seq:  # else it is of a thread that an earlier task left behind
                     self._listener.worker_said(worker, reply.body)
             else:

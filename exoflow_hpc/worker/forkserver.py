@@ -14,9 +14,12 @@ import select
 import signal
 import socket
 import sys
+import time
 from typing import Any, NoReturn
 
 import msgpack
+
+from .tree import become_subreaper, end_children
 
 __all__ = ["main"]
 
@@ -32,9 +35,13 @@ class _Server:
         self._libc = ctypes.CDLL(None, use_errno=True)
         #: pid → number of the worker, for each child that is not reaped
         self._workers: dict[int, int] = {}
+        #: `time.monotonic` until which workers may be (R10b); None: for as long as the rank is. Kept here and not by the rank: that may be
+        #: stopped while its workers go on
+        self._lease: float | None = None
 
     def serve(self) -> socket.socket | None:
         """Serve the rank. Returns twice: None when the rank is gone, and in each worker the worker's socket."""
+        become_subreaper()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the rank's to handle
         # a handler has to be there, or the wakeup descriptor stays silent
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -47,7 +54,10 @@ class _Server:
         if os.getppid() != self._rank:
             return None
         while True:
-            ready, _, _ = select.select(sources, [], [])
+            ready, _, _ = select.select(sources, [], [], self._time_left())
+            if self._is_over() and self._control not in ready:  # what is there may be a new one
+                for pid in self._workers:
+                    _kill_group(pid)
             if read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(read, _MAX_MESSAGE)
@@ -72,6 +82,15 @@ class _Server:
         if kind == "kill":
             self._kill(number)
             return None
+        if kind == "lease":
+            self._lease = number
+            return None
+        if self._is_over():
+            self._tell(
+                "unstarted", number, "was not started: nothing was heard of the controller for the length of the lease"
+            )
+            socket.socket(fileno=descriptors[0]).close()
+            return None
         sock = socket.socket(fileno=descriptors[0])
         sock.set_inheritable(False)  # what a task starts by os.system() must not hold it open
         try:
@@ -90,11 +109,21 @@ class _Server:
         self._tell("started", number, pid)
         return None
 
+    def _is_over(self) -> bool:
+        return self._lease is not None and time.monotonic() >= self._lease
+
+    def _time_left(self) -> float | None:
+        """Return seconds until the lease is over, if there is anybody whom that concerns."""
+        if self._lease is None or not self._workers:
+            return None
+        return max(0.0, self._lease - time.monotonic())
+
     def _become_worker(self, keep: int) -> None:
         # a group of its own: it can be killed with all that its tasks start
         os.setpgid(0, 0)
         with contextlib.suppress(OSError):  # there is no stderr
             os.dup2(2, 1)  # what tasks print must not get into the result, which is alone on stdout
+        become_subreaper()  # so what its tasks start stays below it, whatever group or session that is in
         self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != self._pid:  # it died before the line above
             os._exit(1)
@@ -127,12 +156,17 @@ class _Server:
             self._bury(found.si_pid)
 
     def _bury(self, pid: int) -> None:
-        """Kill what a dead worker has left in its group, reap it, tell the rank."""
-        _kill_group(pid)  # before it is reaped: until then nobody else gets the number
-        _, status = os.waitpid(pid, 0)
-        number = self._workers.pop(pid, None)
-        if number is not None:
-            self._tell("exited", number, os.waitstatus_to_exitcode(status))
+        """Kill what a dead worker has left, reap it, tell the rank: when it hears of that, nothing of it is there."""
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # what it leaves is ours when it is dead
+        if pid in self._workers:
+            _kill_group(pid)  # before it is reaped: until then nobody else gets the number
+        # a child that is no worker has lost its parent: a worker that is dead, or something that one had started
+        end_children(self._workers)
+        with contextlib.suppress(ChildProcessError):
+            _, status = os.waitpid(pid, 0)
+            number = self._workers.pop(pid, None)
+            if number is not None:
+                self._tell("exited", number, os.waitstatus_to_exitcode(status))
 
     def _end(self) -> None:
         for pid in self._workers:
@@ -146,8 +180,10 @@ class _Server:
 
 
 def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    """Kill a worker that is not reaped, so that the number is its own, and its group: a task can have left that."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
 
 
 def _preload() -> None:

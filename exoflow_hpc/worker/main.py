@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import random
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from .execute import Executor
+from .execute import Executor, flush_output
 from .frames import FrameReader, encode
-from .protocol import Progress, Reply, TaskRequest
+from .memory import mark_for_oom, private_memory
+from .protocol import Began, Progress, Reply, TaskRequest
+from .tree import end_children, has_children
 
 __all__ = ["run_worker"]
 
@@ -53,13 +55,14 @@ def run_worker(sock: socket.socket) -> None:
     """Serve requests from *sock* until the rank closes it. Never returns: the process ends here."""
     status = 1
     try:
+        mark_for_oom()
         _prepare()
         _serve(_Connection(sock))
         status = 0
     except OSError:
         status = 1  # the rank is gone, or the task closed the socket: nobody to tell
     finally:
-        _flush()
+        flush_output()
         os._exit(status)
 
 
@@ -83,23 +86,30 @@ def _serve(connection: _Connection) -> None:
     for seq, forget, wire in messages:
         if forget:
             executor.forget()
-        _answer(connection, executor, seq, TaskRequest.from_wire(wire))
+        if not _answer(connection, executor, seq, TaskRequest.from_wire(wire)):
+            return
 
 
-def _answer(connection: _Connection, executor: Executor, seq: int, request: TaskRequest) -> None:
+def _answer(connection: _Connection, executor: Executor, seq: int, request: TaskRequest) -> bool:
+    """Run *request* and reply. Return whether this process can run another one."""
+
     def report(fraction: float, text: str) -> None:
         connection.send(Reply(seq, Progress(fraction, text)))
 
+    if request.timeout is not None or request.memory is not None:
+        connection.send(Reply(seq, Began(0 if request.memory is None else private_memory())))
     result = executor.run(request, report)
-    _flush()
-    if os.getpid() != connection.pid:
-        os._exit(0)  # a child that the task forked came back from the task's function: the worker itself replies
-    connection.send(Reply(seq, result))
+    flush_output()
+    # an attempt is over when all of its processes are. What the task left in this one may count on those that are killed
+    # here (the pool of a library, a server), so it runs no other task
+    last = has_children() and end_children()
+    _calm()
+    connection.send(Reply(seq, result, last))
     executor.rest()
+    return not last
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        # a task may have closed, replaced or removed it, or the reader of the rank's output may be gone
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+def _calm() -> None:
+    """Undo what would hit the next task: blocked signals, which all that it starts inherits, and an alarm."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.setitimer(signal.ITIMER_REAL, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 from ..errors import ExoFlowError
 from .failure import describe
 from .fleet import Fleet
-from .protocol import Progress, TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskRequest, TaskResult
+from .limits import Limits, Overrun
+from .memory import describe_size
+from .protocol import Began, Progress, TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskRequest, TaskResult
 from .remote import RemoteWorker, TaskHandle
 from .spawner import Spawner
 
@@ -68,6 +71,7 @@ class WorkerPool:
         #: workers with bytes left to send, which the I/O thread has to watch
         self._unsent: set[RemoteWorker] = set()
         self._crashed = 0
+        self._limits = Limits()
         #: set once; from then on nothing is taken, and every handle gets its result
         self._closing = False
         self._close_timeout = 5.0
@@ -125,6 +129,17 @@ class WorkerPool:
                 self._fleet.wake()
             return True
 
+    def set_lease(self, until: float | None) -> None:
+        """Have all workers killed, and none started, from *until* (`time.monotonic`) on, unless another one comes in time; None: never.
+
+        That is kept by the forkserver: also if this process is stopped.
+        """
+        with self._lock:
+            if not self._closing:
+                self._fleet.set_lease(until)
+                if until is not None:
+                    self._fleet.hope()
+
     def statistics(self) -> PoolStatistics:
         """Return pids and counts."""
         with self._lock:
@@ -178,13 +193,34 @@ class WorkerPool:
             for worker in self._unsent:
                 self._fleet.watch(worker)
             self._unsent.clear()
-            timeout = 0.0 if self._calls else self._fleet.timeout()
+            timeout = 0.0 if self._calls else self._timeout()
         events = self._fleet.wait(timeout)
         with self._lock:
-            self._fleet.handle(events)
+            self._fleet.handle(events)  # first: a task that has ended in time has, however late this is seen
+            for overrun in self._limits.late():
+                self._kill_overrun(overrun)
             self._dispatch()
+            looks = self._limits.to_look_at()
+        for handle, worker, base in looks:  # without the lock: it can take long for large processes
+            measured = self._limits.measure(worker, base, handle.request.memory or 0)
+            with self._lock:
+                overrun_memory = self._limits.measured(handle, *measured)
+                if overrun_memory is not None:
+                    self._kill_overrun(overrun_memory)
         self._make_calls()
         return True
+
+    def _timeout(self) -> float | None:
+        due, timeout = self._limits.due(), self._fleet.timeout()
+        if due is None:
+            return timeout
+        rest = max(0.0, due - time.monotonic())
+        return rest if timeout is None else min(rest, timeout)
+
+    def _kill_overrun(self, overrun: Overrun) -> None:
+        if not overrun.worker.condemned:
+            overrun.handle.overran = overrun.kind
+            self._fleet.kill(overrun.worker, f"was killed: {overrun.text}")
 
     def _make_calls(self) -> None:
         while self._calls:
@@ -217,11 +253,13 @@ class WorkerPool:
                 self._finish(handle, describe(error, "load"))
                 self._idle.append(worker)
                 continue
+            self._limits.assigned(handle, worker)
             if worker.has_output:
                 self._unsent.add(worker)
 
     def _finish(self, handle: TaskHandle, result: TaskResult) -> None:
         handle.worker, handle.done = None, True
+        self._limits.over(handle)
         self._calls.append((handle.on_done, result))
 
     # ---- what the fleet tells, with the lock held
@@ -230,11 +268,14 @@ class WorkerPool:
         """Take a new worker (`FleetListener`)."""
         self._idle.append(worker)
 
-    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress) -> None:
+    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress | Began) -> None:
         """Take what a worker says about its task (`FleetListener`)."""
         handle = worker.handle
         if handle is None:
             return  # a thread that the task left behind
+        if isinstance(body, Began):
+            self._limits.began(handle, body)
+            return
         if isinstance(body, Progress):
             if handle.on_progress is not None:
                 self._calls.append((handle.on_progress, body))
@@ -251,7 +292,16 @@ class WorkerPool:
             self._calls.append((self._on_exit, worker.pid))
         handle, worker.handle = worker.handle, None
         cancelled = self._closing or (handle is not None and handle.cancelled)
-        self._crashed += not cancelled
+        self._crashed += not (cancelled or worker.retired)
         if handle is not None:
-            result = TaskCancelled(True) if cancelled else TaskCrashed(text, worker.pid, exitcode)
-            self._finish(handle, result)
+            self._finish(handle, TaskCancelled(True) if cancelled else _crash(handle, worker, text, exitcode))
+
+
+def _crash(handle: TaskHandle, worker: RemoteWorker, text: str, exitcode: int | None) -> TaskCrashed:
+    if handle.overran:
+        return TaskCrashed(text, worker.pid, exitcode, kind=handle.overran)
+    limit = handle.request.memory
+    if limit is not None:  # libraries in C end the process when they get no memory
+        used = f"at most {describe_size(handle.memory_used)} were seen in use"
+        text = f"{text} (its limit is memory={describe_size(limit)}; {used})"
+    return TaskCrashed(text, worker.pid, exitcode)

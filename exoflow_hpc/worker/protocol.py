@@ -13,6 +13,7 @@ from hoplite_mpi.meta import Meta
 
 __all__ = [
     "ArenaInput",
+    "Began",
     "InlineInput",
     "Input",
     "Progress",
@@ -93,6 +94,12 @@ class TaskRequest:
     rollback: str = ""
     #: which of the inputs is the output that the task had, for its rollback; -1: it isn't known
     result: int = -1
+    #: seconds after which the worker is killed, from when it begins; None: never
+    timeout: float | None = None
+    #: bytes that the task and what it starts may allocate; None: no limit
+    memory: int | None = None
+    #: the output is (value, None): what is caught is made by the controller as (None, error)
+    catch: bool = False
 
     def to_wire(self, leave_out: Container[str] = ()) -> list[Any]:
         """Return the msgpack-able form, without the blobs *leave_out*, which the worker has already."""
@@ -108,12 +115,15 @@ class TaskRequest:
             list(self.sys_path),
             self.rollback,
             self.result,
+            self.timeout,
+            self.memory,
+            self.catch,
         ]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> TaskRequest:
         """Inverse of `to_wire`."""
-        identity, function, args, blobs, inputs, output, retry, inline_limit, sys_path, rollback, result = wire
+        identity, function, args, blobs, inputs, output, retry, inline_limit, sys_path, *rest = wire
         return cls(
             TaskIdentity.from_wire(identity),
             function,
@@ -124,8 +134,7 @@ class TaskRequest:
             retry,
             inline_limit,
             tuple(sys_path),
-            rollback,
-            result,
+            *rest,
         )
 
 
@@ -139,6 +148,13 @@ def _input_from_wire(wire: list[Any]) -> Input:
     if wire[0] == 0:
         return InlineInput(Meta.from_wire(wire[1]), wire[2])
     return ArenaInput(ObjectID(wire[1]), wire[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The worker has read a request with a limit: the clock runs, and memory counts from what it has now, in bytes."""
+
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +219,8 @@ class TaskCrashed:
     exitcode: int | None = None
     #: whether the task may have begun; False: no worker ever had it
     started: bool = True
+    #: ``"timeout"`` or ``"memory"`` if it was killed for a limit of the task's, else ``"crash"``
+    kind: str = "crash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +249,22 @@ class Reply:
     """A worker's frame: what it says about the request with the number `seq` (0: about itself)."""
 
     seq: int
-    body: TaskDone | TaskFailed | Progress | None = field(default=None)
+    body: TaskDone | TaskFailed | Progress | Began | None = field(default=None)
+    #: with a result: the worker ends now, and is not to be given anything
+    last: bool = False
 
     def to_wire(self) -> list[Any]:
         body = self.body
         if body is None:
             return [0, self.seq]
         if isinstance(body, TaskDone):
-            return [1, self.seq, body.meta.to_wire(), body.nbytes, body.inline, body.seconds]
+            return [1, self.seq, self.last, body.meta.to_wire(), body.nbytes, body.inline, body.seconds]
         if isinstance(body, TaskFailed):
             names = list(body.type_names)
             tail = [body.pickled, body.retryable, list(body.lost_inputs), body.seconds]
-            return [2, self.seq, body.stage, names, body.message, body.traceback, *tail]
+            return [2, self.seq, self.last, body.stage, names, body.message, body.traceback, *tail]
+        if isinstance(body, Began):
+            return [4, self.seq, body.memory]
         return [3, self.seq, body.fraction, body.text]
 
     @classmethod
@@ -251,12 +273,14 @@ class Reply:
         if kind == 0:
             return cls(seq)
         if kind == 1:
-            meta, nbytes, inline, seconds = rest
-            return cls(seq, TaskDone(Meta.from_wire(meta), nbytes, inline, seconds))
+            last, meta, nbytes, inline, seconds = rest
+            return cls(seq, TaskDone(Meta.from_wire(meta), nbytes, inline, seconds), last)
         if kind == 2:
-            stage, names, message, traceback, pickled, retryable, lost, seconds = rest
+            last, stage, names, message, traceback, pickled, retryable, lost, seconds = rest
             failed = TaskFailed(stage, tuple(names), message, traceback, pickled, retryable, tuple(lost), seconds)
-            return cls(seq, failed)
+            return cls(seq, failed, last)
         if kind == 3:
             return cls(seq, Progress(*rest))
+        if kind == 4:
+            return cls(seq, Began(*rest))
         raise ValueError(f"unknown kind of reply {kind!r}")

@@ -21,7 +21,7 @@ BLOB_LIMIT = 256 << 20
 class TaskHandle:
     """A submitted task. `WorkerPool.cancel` takes it."""
 
-    __slots__ = ("cancelled", "done", "on_done", "on_progress", "request", "worker")
+    __slots__ = ("cancelled", "done", "memory_used", "on_done", "on_progress", "overran", "request", "worker")
 
     def __init__(
         self,
@@ -37,6 +37,10 @@ class TaskHandle:
         self.cancelled = False
         #: set once, when its result is handed over to the callback
         self.done = False
+        #: the limit for which it is being killed, ``"timeout"`` or ``"memory"``
+        self.overran = ""
+        #: the most bytes that it was seen to use; measured only if it has a limit
+        self.memory_used = 0
 
 
 class RemoteWorker:
@@ -52,6 +56,8 @@ class RemoteWorker:
         self.ready = False
         #: it is being killed, or dead: never gets another task
         self.condemned = False
+        #: it ends by itself after its last reply
+        self.retired = False
         #: its forkserver is gone: there will be no exit status, and the kernel has killed it
         self.orphaned = False
         #: no more comes from its socket

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgpack
 
 from .protocol import describe_exit
+from .tree import descendants
 
 __all__ = ["Spawner", "WorkerExited", "WorkerStarted", "WorkerUnstarted"]
 
@@ -95,6 +96,10 @@ class Spawner:
         """Ask to kill worker *number* and all processes in its group. Harmless if it is gone."""
         self._send(["kill", number], [])
 
+    def set_lease(self, until: float | None) -> None:
+        """Have all workers killed, and none started, from *until* (`time.monotonic`) on, whatever becomes of this process; None: never."""
+        self._send(["lease", until], [])
+
     def _send(self, message: list[object], descriptors: list[int]) -> None:
         try:
             socket.send_fds(self._socket, [msgpack.packb(message)], descriptors)
@@ -125,9 +130,11 @@ class Spawner:
                 found.append(WorkerUnstarted(number, detail))
 
     def abort(self) -> None:
-        """Kill the forkserver; the kernel kills its workers."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL)
+        """Kill the forkserver and all that is below it: nobody else ends what has left its worker's group."""
+        below = descendants(self._process.pid)
+        for pid in (self._process.pid, *below):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def bury(self) -> str:
         """Reap a forkserver that is gone and say how it ended."""
@@ -145,7 +152,7 @@ class Spawner:
         try:
             return self._process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.abort()
             self._process.wait()
             return False
 

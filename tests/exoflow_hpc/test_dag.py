@@ -62,7 +62,7 @@ def test_what_can_not_be_a_task() -> None:
     with pytest.raises(TypeError, match="already"):
         ef.task(add)
     with pytest.raises(IllegalAnnotationError):
-        ef.task(cpus=2)
+        ef.task(num_returns=2)
 
 
 def test_a_task_travels_even_if_it_calls_itself() -> None:
@@ -109,6 +109,8 @@ def test_reduce_takes_nodes_only() -> None:
         ef.reduce([one, 3])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="not one"):
         ef.reduce([ef.InputNode().x])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="catch_exceptions"):
+        ef.reduce([add.options(catch_exceptions=True).bind(1)])
     with pytest.raises(ValueError, match="no nodes"):
         ef.reduce([])
     with pytest.raises(ValueError, match="twice"):

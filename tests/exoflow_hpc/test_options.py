@@ -41,6 +41,22 @@ def test_defaults_and_changes() -> None:
         ({"idempotent": "yes"}, TypeError, "True or False"),
         ({"rollback": "undo"}, TypeError, "a function"),
         ({"rollback": lambda key: None}, TypeError, "can't be called as"),
+        ({"timeout": 0}, ValueError, "above 0"),
+        ({"timeout": float("nan")}, ValueError, "finite"),
+        ({"timeout": float("inf")}, ValueError, "finite"),
+        ({"timeout": "5"}, TypeError, "a number of seconds"),
+        ({"timeout": True}, TypeError, "a number of seconds"),
+        ({"retry_delay": -1}, ValueError, "0 or more"),
+        ({"retry_delay": [1]}, TypeError, "a number of seconds"),
+        ({"memory": 0}, ValueError, "more than 0"),
+        ({"memory": -1}, ValueError, "more than 0"),
+        ({"memory": 1.5}, TypeError, "a number of bytes"),
+        ({"memory": True}, TypeError, "a number of bytes"),
+        ({"memory": "lots"}, ValueError, "no size"),
+        ({"memory": "2 GiBit"}, ValueError, "no size"),
+        ({"memory": "0 MB"}, ValueError, "more than 0"),
+        ({"memory": "99999999 TiB"}, ValueError, "than there can be"),
+        ({"catch_exceptions": 1}, TypeError, "True or False"),
     ],
 )
 def test_wrong_options_are_refused_at_once(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -54,11 +70,8 @@ def test_wrong_options_are_refused_at_once(changes: dict[str, Any], error: type[
     "changes",
     [
         {"num_returns": 2},
-        {"catch_exceptions": True},
-        {"timeout": 5},
         {"cpus": 2},
         {"gpus": 1},
-        {"memory": 1 << 30},
         {"tags": ("big",)},
         {"ranks": 2},
         {"isolation": "inline"},
@@ -67,6 +80,29 @@ def test_wrong_options_are_refused_at_once(changes: dict[str, Any], error: type[
 def test_what_is_not_enforced_yet_is_refused_and_not_ignored(changes: dict[str, Any]) -> None:
     with pytest.raises(IllegalAnnotationError, match=f"{next(iter(changes))}=.*not supported"):
         task(**changes)
+
+
+def test_limits() -> None:
+    options = make_options(TaskOptions(), {"timeout": 5, "retry_delay": 0, "memory": 1000, "catch_exceptions": True})
+    assert (options.timeout, options.retry_delay, options.memory, options.catch_exceptions) == (5.0, 0.0, 1000, True)
+    cleared = make_options(options, {"timeout": None, "retry_delay": None, "memory": None, "catch_exceptions": False})
+    assert cleared == TaskOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5gib", 3 << 29),
+        ("2 GB", 2 * 10**9),
+        ("3k", 3000),
+        ("7", 7),
+        (" 10 B ", 10),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert make_options(TaskOptions(), {"memory": text}).memory == size
 
 
 def test_asking_for_what_is_there_anyway_is_fine() -> None:

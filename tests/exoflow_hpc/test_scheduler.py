@@ -51,7 +51,8 @@ def spec_of(*rows: dict[str, Any]) -> WorkflowSpec:
 def started(
     spec: WorkflowSpec, committed: Any = (), ranks: Any = ((0, 0, 4),), **settings: Any
 ) -> tuple[Scheduler, list]:
-    scheduler = Scheduler(spec, committed, ranks, settings=Settings(**settings))
+    # waits before retries have tests of their own
+    scheduler = Scheduler(spec, committed, ranks, settings=Settings(**{"retry_backoff": 0.0, **settings}))
     return scheduler, scheduler.handle(Start())
 
 
@@ -140,7 +141,14 @@ def test_lost_ranks_do_not_use_up_retries_but_have_a_limit() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "retryable", "starts"),
-    [("exception", False, 1), ("exception", True, 3), ("crash", False, 3), ("canceled", False, 3)],
+    [
+        ("exception", False, 1),
+        ("exception", True, 3),
+        ("crash", False, 3),
+        ("timeout", False, 3),
+        ("memory", False, 3),
+        ("canceled", False, 3),
+    ],
 )
 def test_retries(kind: str, retryable: bool, starts: int) -> None:
     scheduler, out = started(spec_of({"max_retries": 2}))

@@ -22,11 +22,14 @@ from exoflow_hpc.scheduler_events import (
     RankJoined,
     RankLost,
     Release,
+    RetryAfter,
+    RetryDue,
     Start,
     TaskCommitted,
     TaskFailed,
     TaskFinished,
 )
+from exoflow_hpc.semantics import known_to_have_happened
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import TaskSpec, WorkflowSpec
 from exoflow_hpc.task_table import TaskTable
@@ -47,7 +50,7 @@ def random_spec(rng: random.Random, count: int) -> WorkflowSpec:
         barriers = tuple(edge for edge in edges if edge not in after and tasks[edge].checkpoint != "skip")
         kind = "reduce" if data and rng.random() < 0.2 else "task"
         mode = rng.choice(["sync", "async", "skip"])
-        tasks.append(TaskSpec(index, f"t{index}", kind, "", b"", data, after, barriers, mode, 3, "", "", ()))
+        tasks.append(TaskSpec(index, f"t{index}", kind, "", b"", data, after, barriers, mode, 100, "", "", ()))
     return WorkflowSpec(tuple(tasks), count - 1, "", {})
 
 
@@ -90,7 +93,9 @@ class Cluster:
         self.running: list[Attempt] = []
         self.commits: list[tuple[int, int, int]] = []
         self.undelivered: list[Event] = []
-        self.happened = set(self.journal)
+        self.waits: list[RetryAfter] = []
+        # what a committed task had waited for has happened as well
+        self.happened = set(self.journal) | known_to_have_happened(self.spec.tasks, set(self.journal))
         self.known_committed = set(self.journal)
         self.had_faults = False
         self.ran: dict[int, int] = {}
@@ -137,6 +142,8 @@ class Cluster:
             for run in self.running:
                 if (run.task, run.attempt) == (instruction.task, instruction.attempt):
                     run.canceled = True
+        elif isinstance(instruction, RetryAfter):
+            self.waits.append(instruction)
         else:
             self.finish = instruction
 
@@ -145,6 +152,7 @@ class Cluster:
         assert order.task not in self.known_committed, "a committed task runs again"
         assert order.attempt > self.highest.get(order.task, -1), "an attempt number is used twice"
         assert not any(run.task == order.task and not run.canceled for run in self.running)
+        assert not any(wait.task == order.task for wait in self.waits), "the time is not over"
         assert order.rank in self.live
         if task.kind == "task":
             busy = [run for run in self.running if run.rank == order.rank and self.spec.tasks[run.task].kind == "task"]
@@ -186,6 +194,8 @@ class Cluster:
             actions += [self.end_commit] * 3
         if self.undelivered:
             actions += [self.deliver] * 2
+        if self.waits:
+            actions.append(self.end_wait)
         if len(self.live) < len(self.incarnations):
             actions.append(self.replace)
         if self.faults:
@@ -224,6 +234,10 @@ class Cluster:
         self.happened.add(task)
         self.tell(TaskCommitted(task, attempt))
 
+    def end_wait(self) -> None:
+        wait = self.waits.pop(self.rng.randrange(len(self.waits)))
+        self.tell(RetryDue(wait.task, wait.attempt))
+
     def deliver(self) -> None:
         self.tell(self.undelivered.pop(self.rng.randrange(len(self.undelivered))))
 
@@ -257,7 +271,7 @@ class Cluster:
             self.had_faults = True
             run = self.rng.choice(runs)
             self.running.remove(run)
-            self.tell(TaskFailed(run.task, run.attempt, "rank-lost"))
+            self.tell(TaskFailed(run.task, run.attempt, self.rng.choice(["rank-lost", "crash"])))
 
     def repeat_something(self) -> None:
         self.faults -= 1
@@ -288,12 +302,17 @@ def needed_without(spec: WorkflowSpec, committed: set[int]) -> set[int]:
     """The recovery set, the naive way."""
     if spec.output in committed:
         return set()
+    happened = known_to_have_happened(spec.tasks, committed)
     found = {spec.output}
     while True:
         more = {
             upstream
             for index in found
-            for upstream in (*spec.tasks[index].data, *spec.tasks[index].after, *spec.tasks[index].barriers)
+            for upstream in (
+                *spec.tasks[index].data,
+                *(before for before in spec.tasks[index].after if before not in happened),
+                *spec.tasks[index].barriers,
+            )
             if upstream not in committed
         }
         if more <= found:

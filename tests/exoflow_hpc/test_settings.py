@@ -20,6 +20,13 @@ def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, t
         Settings.from_environment()
 
 
+@pytest.mark.parametrize("text", ["-0.5", "nan", "inf"])
+def test_seconds_have_to_be_some(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("EXOFLOW_RETRY_BACKOFF", text)
+    with pytest.raises(ValueError, match="retry_backoff.*0 or more, and finite"):
+        Settings.from_environment()
+
+
 def test_where_the_storage_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EXOFLOW_STORAGE", raising=False)

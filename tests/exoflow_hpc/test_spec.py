@@ -66,6 +66,23 @@ def test_a_spec_is_the_same_after_a_journey_and_in_a_pickle() -> None:
     assert pickle.loads(pickle.dumps(spec)) == spec
 
 
+def test_limits_of_a_task_are_in_the_spec_and_in_the_fingerprint() -> None:
+    options: dict[str, Any] = {"timeout": 5, "memory": "1 KiB", "catch_exceptions": True, "retry_delay": 0.5}
+    plain = compile_workflow(g.bind(1))
+    prints = {plain.fingerprint}
+    for key, value in options.items():
+        prints.add(compile_workflow(g.options(**{key: value}).bind(1)).fingerprint)
+    assert len(prints) == 5
+    spec = compile_workflow(g.options(**options).bind(1))
+    task = WorkflowSpec.from_bytes(spec.to_bytes()).tasks[0]
+    assert (task.timeout, task.memory, task.catch_exceptions, task.retry_delay) == (5.0, 1024, True, 0.5)
+
+
+def test_a_task_whose_failures_are_caught_never_counts_as_deterministic() -> None:
+    assert compile_workflow(g.bind(1)).tasks[0].deterministic
+    assert not compile_workflow(g.options(catch_exceptions=True).bind(1)).tasks[0].deterministic
+
+
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"x" + b[1:], lambda b: b + b"!", lambda b: b""]
 )

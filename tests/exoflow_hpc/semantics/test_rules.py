@@ -29,7 +29,7 @@ from exoflow_hpc.scheduler_events import (
 )
 from exoflow_hpc.semantics import Plan, gates, plan
 
-from .world import make_spec
+from .world import SETTINGS, make_spec
 
 __all__: list[str] = []
 
@@ -155,7 +155,7 @@ def test_a_control_edge_does_not_make_run_again_what_has_happened() -> None:
 
 # -- the scheduler ----------------------------------------------------------------------------------------------------------
 def started(rows: list[dict[str, Any]], **facts: Any) -> tuple[Scheduler, list[Any]]:
-    scheduler = Scheduler(make_spec(rows), ranks=[(0, 0, 2)], **facts)
+    scheduler = Scheduler(make_spec(rows), ranks=[(0, 0, 2)], settings=SETTINGS, **facts)
     return scheduler, scheduler.handle(Start())
 
 

@@ -41,7 +41,7 @@ __all__ = ["Facts", "World", "make_spec", "recovery_set"]
 
 #: what a task made: its index, which of its values it is (0 if it always makes the same), and what went in
 Value = tuple[int, int, tuple[Any, ...]]
-SETTINGS = Settings(max_rank_losses=10**6, max_commit_retries=10**6)
+SETTINGS = Settings(max_rank_losses=10**6, max_commit_retries=10**6, retry_backoff=0)
 
 
 def make_spec(rows: Sequence[dict[str, Any]]) -> WorkflowSpec:
