@@ -25,6 +25,8 @@ __all__ = ["main"]
 
 _PR_SET_PDEATHSIG = 1
 _MAX_MESSAGE = 4096
+#: seconds for what a dead worker has left to be gone; the other workers can't be ended meanwhile
+_PATIENCE = 1.0
 
 
 class _Server:
@@ -161,7 +163,7 @@ class _Server:
         if pid in self._workers:
             _kill_group(pid)  # before it is reaped: until then nobody else gets the number
         # a child that is no worker has lost its parent: a worker that is dead, or something that one had started
-        end_children(self._workers)
+        end_children(self._workers, _PATIENCE)
         with contextlib.suppress(ChildProcessError):
             _, status = os.waitpid(pid, 0)
             number = self._workers.pop(pid, None)

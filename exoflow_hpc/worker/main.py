@@ -111,5 +111,7 @@ def _answer(connection: _Connection, executor: Executor, seq: int, request: Task
 
 def _calm() -> None:
     """Undo what would hit the next task: blocked signals, which all that it starts inherits, and an alarm."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that has gone off while it was blocked is forgotten
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -94,7 +94,7 @@ def test_a_file_that_is_no_workflow(
             ["raised", "line 4, in workflow", "TypeError: task 'f' can't be bound"],
         ),
         (
-            HEAD + "def workflow():\n    return ef.task(external=True)(f)\n",
+            HEAD + "def workflow():\n    return ef.task(num_returns=2)(f)\n",
             ["line 5, in workflow", "IllegalAnnotationError"],
         ),
     ],

@@ -93,6 +93,8 @@ def test_small_output(harness: Harness, size: int) -> None:
     ("result", "kind"),
     [
         (TaskCrashed("worker pid 1 was killed by SIGKILL"), "crash"),
+        (TaskCrashed("worker pid 1 was killed: it took too long", kind="timeout"), "timeout"),
+        (TaskCrashed("worker pid 1 was killed: it took too much", kind="memory"), "memory"),
         (TaskCancelled(True), "canceled"),
         (TaskFailed("call", ("builtins.ValueError",), "no", "File flow.py"), "exception"),
     ],

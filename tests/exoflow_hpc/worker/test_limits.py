@@ -174,16 +174,19 @@ def test_memory_of_children_counts(own_pool: WorkerPool, tools: Any) -> None:
     def fork() -> None:
         from exoflow_hpc.context import context
 
+        read, write = os.pipe()
         pids = []
         for _ in range(3):
             pid = os.fork()
             if pid == 0:
                 os.setsid()
+                os.read(read, 1)
                 hoard = bytearray(60 * MIB)
                 hoard[::4096] = b"x" * len(hoard[::4096])  # touched, so that it is memory
                 signal.pause()
             pids.append(str(pid))
         context().progress(1.0, " ".join(pids))
+        os.write(write, b"now")
         signal.pause()
 
     task = tools.Submitted(own_pool, tools.request(fork, memory=100 * MIB))

@@ -14,6 +14,7 @@ from exoflow_hpc.worker.failure import MAX_TEXT, describe
 from exoflow_hpc.worker.frames import FrameReader, encode
 from exoflow_hpc.worker.protocol import (
     ArenaInput,
+    Began,
     InlineInput,
     Progress,
     Reply,
@@ -39,6 +40,9 @@ REQUEST = TaskRequest(
     "other",
     10,
     ("/a", "/b"),
+    0.5,
+    1 << 40,
+    True,
 )
 
 
@@ -59,11 +63,15 @@ def test_request_leaves_out_known_blobs() -> None:
         TaskDone(Meta.of_array(np.zeros(4, [("x", "i4"), ("y", "f8", (2,))])), 80, None),
         TaskFailed("call", ("a.B", "builtins.object"), "message", "traceback", b"pickle", True, (1, 2), 0.25),
         Progress(0.5, "half"),
+        Began(1 << 40),
     ],
 )
-def test_reply_round_trip(body: TaskDone | TaskFailed | Progress | None) -> None:
-    frames = list(FrameReader().feed(encode(Reply(12, body).to_wire())))
-    assert [Reply.from_wire(wire) for wire in frames] == [Reply(12, body)]
+def test_reply_round_trip(body: TaskDone | TaskFailed | Progress | Began | None) -> None:
+    replies = [Reply(12, body)]
+    if isinstance(body, (TaskDone, TaskFailed)):
+        replies.append(Reply(12, body, last=True))
+    frames = list(FrameReader().feed(b"".join(encode(reply.to_wire()) for reply in replies)))
+    assert [Reply.from_wire(wire) for wire in frames] == replies
 
 
 def test_reply_of_unknown_kind() -> None:

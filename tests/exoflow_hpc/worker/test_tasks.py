@@ -315,6 +315,13 @@ def test_child_that_a_task_forks_does_not_answer(pool: WorkerPool, tools: Any) -
     assert value(tools.call(pool, int)) == 0
 
 
+def test_output_of_a_task_whose_failures_are_caught(pool: WorkerPool, tools: Any) -> None:
+    array, error = value(tools.call(pool, np.arange, 10, catch=True))
+    assert error is None
+    np.testing.assert_array_equal(array, np.arange(10))
+    assert failure(tools.call(pool, int, "x", catch=True)).type_names[0] == "builtins.ValueError"
+
+
 def test_late_progress_of_a_thread_is_dropped(tools: Any) -> None:
     def leave_thread() -> None:
         import threading
