@@ -106,6 +106,8 @@ class Scheduler:
         self._delayed: dict[int, int] = {}
         #: task → its attempt that failed for good, while its error is made its output
         self._catching: dict[int, int] = {}
+        #: task → error that is made its output when its effect is undone
+        self._undone_first: dict[int, Any] = {}
         #: tasks that were dispatched
         self._run: set[int] = set()
         self._dispatches = 0
@@ -245,8 +247,11 @@ class Scheduler:
             self._failures[task] = self._failures.get(task, 0) + 1
             self._retry(task)
         elif self.spec.tasks[task].catch_exceptions and event.kind in _CAUGHT:
-            self._catching[task] = event.attempt
-            self._out.append(Catch(task, event.attempt, event.error))
+            if self.spec.tasks[task].rollback:  # half of an effect would be neither the one nor the other
+                self._undone_first[task] = event.error
+                self._undoing.undo([task])
+            else:
+                self._catch(task, event.error)
         else:
             self._end(Finish("FAILED", task, event.kind, event.error))
 
@@ -296,6 +301,8 @@ class Scheduler:
         if self._undoing.rolling == (event.task, event.attempt):
             self._ranks.end(event.task, event.attempt)
             self._undoing.rolled_back()
+            if event.task in self._undone_first:
+                self._catch(event.task, self._undone_first.pop(event.task))
 
     def _on_rollback_failed(self, event: RollbackFailed) -> None:
         if self._undoing.rolling != (event.task, event.attempt):
@@ -477,6 +484,10 @@ class Scheduler:
         if self._delayed.get(event.task) == event.attempt:
             del self._delayed[event.task]
             self._table.let_go(event.task)
+
+    def _catch(self, task: int, error: Any) -> None:
+        self._catching[task] = self._attempt[task]
+        self._out.append(Catch(task, self._attempt[task], error))
 
     def _on_caught(self, event: TaskCaught) -> None:
         task, attempt = event.task, event.attempt

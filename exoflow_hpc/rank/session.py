@@ -39,7 +39,7 @@ HEAD = 0
 #: seconds between looks for a request to cancel
 _CANCEL_PERIOD = 0.5
 #: rank that a message came from is one of these for the controller, else for the agent
-_FOR_CONTROLLER = (ms.Ready, ms.Finished, ms.Failed, ms.Written, ms.WriteFailed, ms.Progress, ms.Corrupt)
+_FOR_CONTROLLER = (ms.Ready, ms.Renew, ms.Finished, ms.Failed, ms.Written, ms.WriteFailed, ms.Progress, ms.Corrupt)
 #: seconds that the other ranks may take to hear that a run is over
 _GOODBYE = 5.0
 #: seconds in which what the head said last comes, though it has left already: by another way than the new view

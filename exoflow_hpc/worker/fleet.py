@@ -182,6 +182,10 @@ class Fleet:
             elif isinstance(event, WorkerExited):
                 # a reply that it sent before its end is still in the socket
                 self._read(worker, all_of_it=True)
+                if self._lease is not None and time.monotonic() >= self._lease:
+                    worker.cause = (
+                        worker.cause or "was killed: nothing was heard of the controller for the length of the lease"
+                    )
                 text = describe_exit(event.exitcode)
                 if event.exitcode == -signal.SIGKILL:  # and not by us: that has a cause, which is told instead
                     text += " (out of memory?)"

@@ -12,6 +12,7 @@ from exoflow_hpc.errors import IllegalAnnotationError
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.scheduler_events import (
     AttemptsOver,
+    Catch,
     Commit,
     Dispatch,
     Finish,
@@ -21,6 +22,7 @@ from exoflow_hpc.scheduler_events import (
     RollbackFailed,
     RolledBack,
     Start,
+    TaskCaught,
     TaskCommitted,
     TaskFailed,
     TaskFinished,
@@ -219,3 +221,11 @@ def test_a_large_input_of_what_can_be_undone_is_committed_first() -> None:
     assert scheduler.handle(TaskFinished(0, 0, 0, 1 << 20)) == [Commit(0, 0)]
     out = scheduler.handle(TaskCommitted(0, 0))
     assert [what.task for what in out if isinstance(what, Dispatch)] == [1]
+
+
+def test_a_caught_failure_has_no_effect() -> None:
+    """Half of one would be neither the effect nor its failure."""
+    scheduler, _ = started([{**UNDOABLE, "max_retries": 0, "catch_exceptions": True}])
+    assert scheduler.handle(TaskFailed(0, 0, "crash", "gone")) == [Rollback(0, 1, 0)]
+    assert scheduler.handle(RolledBack(0, 1)) == [Catch(0, 1, "gone")]
+    assert scheduler.handle(TaskCaught(0, 1, 0, 1)) == [Commit(0, 1)]

@@ -1,0 +1,113 @@
+"""Leases: workers end when nobody has said for too long that they may go on, whatever becomes of their rank (R10b)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from exoflow_hpc.worker import TaskCrashed, TaskDone, WorkerPool
+
+from .conftest import DEADLINE, Submitted, call, request
+
+__all__: list[str] = []
+
+ROOT = Path(__file__).parents[3]
+
+
+def _sleep(seconds: float) -> str:
+    import time
+
+    import exoflow_hpc as ef
+
+    ef.context().progress(1.0, "runs")
+    time.sleep(seconds)
+    return "done"
+
+
+def test_workers_are_killed_when_it_is_over_and_start_again_with_the_next() -> None:
+    with WorkerPool(1) as pool:
+        assert isinstance(call(pool, _sleep, 0.0), TaskDone)
+        running = Submitted(pool, request(_sleep, 60.0))
+        assert running.reported() == "runs"
+        pool.set_lease(time.monotonic() + 0.2)
+        assert isinstance(running.result(), TaskCrashed)
+        refused = call(pool, _sleep, 0.0)
+        assert isinstance(refused, TaskCrashed)
+        assert "nothing was heard of the controller" in refused.reason
+        pool.set_lease(time.monotonic() + DEADLINE)
+        assert isinstance(call(pool, _sleep, 0.0), TaskDone)
+        pool.set_lease(None)
+        assert isinstance(call(pool, _sleep, 0.0), TaskDone)
+
+
+def test_a_lease_that_is_renewed_goes_on() -> None:
+    with WorkerPool(1) as pool:
+        running = Submitted(pool, request(_sleep, 1.0))
+        for _ in range(10):
+            pool.set_lease(time.monotonic() + 20.0)
+            time.sleep(0.02)
+        assert isinstance(running.result(), TaskDone)
+
+
+RANK = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+from tests.exoflow_hpc.worker.conftest import Submitted, request
+from exoflow_hpc.worker import WorkerPool
+
+def work(path):
+    import time, exoflow_hpc as ef
+    ef.context().progress(1.0, "runs")
+    while True:
+        with open(path, "a") as file:
+            file.write(".")
+        time.sleep(0.01)
+
+with WorkerPool(1) as pool:
+    running = Submitted(pool, request(work, sys.argv[1]))
+    running.reported()
+    pool.set_lease(time.monotonic() + 1.0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    print(type(running.result()).__name__, flush=True)
+"""
+
+
+def test_workers_of_a_stopped_rank_are_killed_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "work"
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RANK, str(path), str(ROOT)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        _wait(lambda: _state(rank.pid) == "T")
+        _wait(lambda: not _grows(path))
+        assert _state(rank.pid) == "T", "nobody has woken it"
+        size = path.stat().st_size
+        os.kill(rank.pid, signal.SIGCONT)
+        output, _ = rank.communicate(timeout=DEADLINE)
+        assert output == "TaskCrashed\n"
+        assert path.stat().st_size == size
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+def _grows(path: Path) -> bool:
+    """Whether somebody writes to it: several times as long as the writer sleeps, on a busy machine too."""
+    before = path.stat().st_size
+    time.sleep(1.0)
+    return path.stat().st_size != before
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _wait(condition: object) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.01)
