@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Session:
         arena = {"run": place.arena, "rank": place.rank, "incarnation": place.incarnation}
         self.pool = WorkerPool(self.slots, spawner=spawner, arena=arena, on_exit=self._reap)
         self.pool.start()
+        self._loop.drive(self.pool.drive, self.pool.wake)
         self._agent = Agent(self.store, runtime.arena, self.pool, self.slots, self.writer, self._loop)
         self._agent.connect(self._send)
         self._controller: Controller | None = None
@@ -93,7 +95,10 @@ class Session:
             self.store.runtime.arena.reap(pid)
 
     def _send(self, rank: int, message: ms.Message) -> None:
-        self._post(rank, ms.encode(message))  # to one that is gone it is dropped: the next view tells
+        if rank == self.rank:  # in order, too, and not before its sender is done with what it does
+            self._loop.post(partial(self._handle, (rank, self.incarnation), message))
+        else:
+            self._post(rank, ms.encode(message))  # to one that is gone it is dropped: the next view tells
 
     def _receive(self, peer: tuple[int, int], payload: bytes) -> None:
         self._loop.post(lambda: self._handle(peer, ms.decode(payload)))

@@ -41,9 +41,14 @@ class PoolStatistics:
     crashed: int
 
 
-class WorkerPool:
-    """Worker processes that run tasks for this rank. Callbacks come from its one I/O thread: they must not block.
+#: seconds without a `drive` after which the pool's own thread does the I/O: timeouts hold while the driver is busy
+_ABSENT = 0.05
 
+
+class WorkerPool:
+    """Worker processes that run tasks for this rank. Callbacks come from one thread at a time: they must not block.
+
+    That is the pool's own I/O thread, or whoever calls `drive`: then a reply needs no hand-over between threads.
     size: tasks at once; spawner: a forkserver that was started before MPI (default: one is started by `start`), and is
     the pool's from now on; arena: arguments of `Arena.attach` for the workers, None: all outputs travel inline;
     on_exit: called with the pid of each worker that is gone, before its task's `on_done`: `Arena.reap`, say.
@@ -75,6 +80,14 @@ class WorkerPool:
         #: set once; from then on nothing is taken, and every handle gets its result
         self._closing = False
         self._close_timeout = 5.0
+        #: held by the one thread that does the I/O
+        self._driving = threading.Lock()
+        #: whether a driver waits for that lock
+        self._wanted = False
+        #: whether there is a driver now, and when it was last there (monotonic)
+        self._driven, self._left = False, float("-inf")
+        #: tells the I/O thread that the driver has left, or that the pool is closing
+        self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
 
     def __enter__(self) -> WorkerPool:
@@ -166,6 +179,7 @@ class WorkerPool:
                 running = self._thread.ident is not None
                 if running:
                     self._fleet.wake()
+                    self._changed.set()
         if first and not running:
             self._shut()
         elif self._thread.ident is not None:
@@ -173,14 +187,54 @@ class WorkerPool:
 
     # ---- the I/O thread
 
+    def drive(self, seconds: float) -> bool:
+        """Do the pool's I/O in this thread: until something has been handled, `wake` was called, or the time is over.
+
+        False: the pool is closed. One caller, who may stay away for as long as it likes.
+        """
+        if not self._driving.acquire(blocking=False):
+            self._wanted = True
+            self.wake()
+            self._driving.acquire()
+        self._wanted, self._driven = False, True
+        try:
+            return self._step(seconds)
+        finally:
+            self._driven, self._left = False, time.monotonic()
+            self._driving.release()
+            if not self._changed.is_set():
+                self._changed.set()
+
+    def wake(self) -> None:
+        """End a `drive` in another thread."""
+        with self._lock:
+            if not self._closing:
+                self._fleet.wake()
+
     def _run(self) -> None:
         try:
-            while self._step():
-                pass
+            while self._wait_for_absence():
+                with self._driving:
+                    while not self._wanted and self._step():
+                        pass
         finally:  # also after an error of ours: nobody may wait for ever
-            self._shut()
+            with self._driving:
+                self._shut()
 
-    def _step(self) -> bool:
+    def _wait_for_absence(self) -> bool:
+        """Wait until nobody drives the pool. False when it is closing."""
+        while not self._closing:
+            rest = self._left + _ABSENT - time.monotonic()
+            if self._driven or self._wanted:
+                self._changed.wait()  # a driver that waits costs nothing here
+                self._changed.clear()
+            elif rest > 0:
+                time.sleep(rest)
+            else:
+                return True
+        return False
+
+    def _step(self, longest: float | None = None) -> bool:
         """Wait for something, handle it, make the calls it leads to. False when the pool is closing."""
         with self._lock:
             if self._closing:
@@ -193,7 +247,7 @@ class WorkerPool:
             for worker in self._unsent:
                 self._fleet.watch(worker)
             self._unsent.clear()
-            timeout = 0.0 if self._calls else self._timeout()
+            timeout = 0.0 if self._calls else self._timeout(longest)
         events = self._fleet.wait(timeout)
         with self._lock:
             self._fleet.handle(events)  # first: a task that has ended in time has, however late this is seen
@@ -210,8 +264,10 @@ class WorkerPool:
         self._make_calls()
         return True
 
-    def _timeout(self) -> float | None:
+    def _timeout(self, longest: float | None) -> float | None:
         due, timeout = self._limits.due(), self._fleet.timeout()
+        if longest is not None:
+            timeout = longest if timeout is None else min(timeout, longest)
         if due is None:
             return timeout
         rest = max(0.0, due - time.monotonic())

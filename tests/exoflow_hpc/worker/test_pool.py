@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
 import textwrap
@@ -85,3 +86,35 @@ def test_closed_pool(tools: Any) -> None:
     pool.close()
     with pytest.raises(ValueError, match="0 workers"):
         WorkerPool(0)
+
+
+def test_whoever_drives_the_pool_makes_the_calls_and_its_own_thread_while_nobody_does(
+    pool: WorkerPool, tools: Any
+) -> None:
+    threads: queue.Queue[threading.Thread] = queue.Queue()
+    me = threading.current_thread()
+    for _ in range(3):
+        pool.submit(tools.request(lambda: None), lambda _: threads.put(threading.current_thread()))
+        while threads.empty():
+            assert pool.drive(tools.DEADLINE)
+        assert threads.get() is me
+        pool.submit(tools.request(lambda: None), lambda _: threads.put(threading.current_thread()))
+        assert threads.get(timeout=tools.DEADLINE) is not me
+
+
+def test_a_drive_ends_when_it_is_woken_and_when_the_pool_is_closed(own_pool: WorkerPool, tools: Any) -> None:
+    driven: list[bool] = []
+    woken = threading.Event()
+
+    def drive() -> None:
+        while not driven or driven[-1]:
+            driven.append(own_pool.drive(tools.DEADLINE))
+            woken.set()
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    own_pool.wake()
+    assert woken.wait(tools.DEADLINE)
+    own_pool.close()
+    thread.join(tools.DEADLINE)
+    assert driven[0] and not driven[-1]
