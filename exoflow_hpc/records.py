@@ -173,14 +173,16 @@ Record = (
 )
 
 _TYPES: dict[str, Any] = {kind.type: kind for kind in get_args(Record)}
+_FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in get_args(Record)}
 
 
 def encode(record: Record) -> dict[str, Any]:
     """Return the plain dict to append to the journal; inverse of `decode`."""
     wire: dict[str, Any] = {"type": record.type}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        wire[field.name] = value.to_wire() if isinstance(value, (Inline, InCheckpoint)) else value
+    for name in _FIELDS[type(record)]:
+        wire[name] = getattr(record, name)
+    if "location" in wire:
+        wire["location"] = wire["location"].to_wire()
     return wire
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from exoflow_hpc.pickling import dumps
+from exoflow_hpc.pickling import PROTOCOL, dumps
 from hoplite_mpi.meta import Meta
 
 __all__ = ["Part", "Plan", "checksum", "pack", "parts", "unpack"]
@@ -29,6 +29,10 @@ _HEAD = struct.Struct("<8sIIQ")
 #: payload of a container: a pickle, or one bytes object as it is (pickling it would copy it)
 _PICKLE, _BYTES = 0, 1
 _ALIGN = 64
+#: between the header and the pickle of a value without buffers
+_PADDING = bytes(-_HEAD.size % _ALIGN)
+#: types that pickle treats by itself, without a look at what cloudpickle would do
+_SIMPLE = frozenset({type(None), bool, int, float, str})
 
 
 def _align(offset: int) -> int:
@@ -110,6 +114,9 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Return the packed bytes (a copy)."""
+        if self._array is None and len(self._chunks) == 1:  # most small values: as `write_into` lays them out
+            chunk = self._chunks[0]
+            return _HEAD.pack(_MAGIC, self._kind, 0, chunk.nbytes) + _PADDING + chunk.tobytes()
         data = bytearray(self.nbytes)
         self.write_into(memoryview(data))
         return bytes(data)
@@ -124,11 +131,11 @@ def pack(value: Any) -> Plan:
         chunks, kind = [memoryview(value)], _BYTES
     else:
         try:
-            data = dumps(value, buffers.append)
+            data = pickle.dumps(value, PROTOCOL) if type(value) in _SIMPLE else dumps(value, buffers.append)
         except Exception as error:  # a user's __reduce__ can raise anything
             raise TypeError(_explain(value, error)) from error
         chunks, kind = [memoryview(data), *(buffer.raw() for buffer in buffers)], _PICKLE
-    _, nbytes = _layout([chunk.nbytes for chunk in chunks])
+    nbytes = _ALIGN + chunks[0].nbytes if len(chunks) == 1 else _layout([chunk.nbytes for chunk in chunks])[1]
     return Plan(Meta.of_bytes(nbytes), None, chunks, kind)
 
 

@@ -112,10 +112,10 @@ class Agent:
             log.info("a %s of epoch %d from rank %d was refused", type(message).__name__, message.epoch, rank)
             return
         match message:
+            case ms.Run():  # the most frequent one first
+                self._run(message)
             case ms.Renewed():
                 self._pool.set_lease(message.sent + self._begun.lease)
-            case ms.Run():
-                self._run(message)
             case ms.Cancel():
                 self._cancel(message)
             case ms.Write():

@@ -217,6 +217,8 @@ class Controller:
             log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
             return
         match message:
+            case ms.Finished():  # the most frequent one first
+                self._finished(rank, message)
             case ms.Renew():
                 self._grant(rank, message.sent)
             case ms.Ready():
@@ -227,8 +229,6 @@ class Controller:
                     self._let_end(GRACE, stopped)
                 self._grant(rank, message.sent)
                 self._handle(ev.RankJoined(rank, incarnation, message.slots))
-            case ms.Finished():
-                self._finished(rank, message)
             case ms.Failed():
                 self._failed(message)
             case ms.Written():
@@ -248,9 +248,11 @@ class Controller:
             self._rolled_back(task, message.attempt)
             return
         known = self._outputs.get(task)
-        output = Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
-        if output.data is not None and self._deviates(task, serialize.checksum(output.meta, output.data)):
+        meta = Meta.from_wire(message.meta)
+        checksum = "" if message.data is None else serialize.checksum(meta, message.data)
+        if checksum and self._deviates(task, checksum):
             return
+        output = Output(message.attempt, meta, message.data, rank, checksum)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes))
@@ -444,7 +446,7 @@ class Controller:
             self._loop.post(lambda: self._handle(ev.ObjectsLost(((task, attempt),))))
             return
         if output.data is not None:
-            checksum = serialize.checksum(output.meta, output.data)
+            checksum = output.checksum or serialize.checksum(output.meta, output.data)
             self._commit(
                 task, attempt, records.Inline(output.data), checksum, output.meta.nbytes, output.meta.to_wire()
             )
@@ -548,6 +550,8 @@ class Controller:
         return output_id(self._run, self._spec.tasks[task].name, attempt)
 
     def _show(self) -> None:
+        if not (self._progress.is_due or self.outcome is not None):
+            return
         counters = self._scheduler.counters
         self._progress.update(
             total=len(self._spec.tasks), committed=len(self._committed), started=counters.run, rerun=counters.rerun

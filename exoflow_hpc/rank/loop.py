@@ -25,8 +25,9 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
         self._wakeup = threading.Event()
-        #: whether the loop's thread waits, or is about to: whoever posts then has to wake it
+        #: whether the loop's thread waits, or is about to: who posts in another thread then has to wake it
         self._waiting = False
+        self._thread = 0
         self._drive: Callable[[float], bool] | None = None
         self._wake: Callable[[], None] | None = None
 
@@ -40,7 +41,7 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Have *call* run as soon as possible, after what was posted before."""
         self._calls.append(call)
-        if self._waiting:
+        if self._waiting and threading.get_ident() != self._thread:
             self._waiting = False  # one of those who post now is enough
             self._wakeup.set()
             if self._wake is not None:
@@ -54,6 +55,7 @@ class Loop:
         """Run what is posted until *done()*; return whether it is, False when the time is over."""
         deadline = None if timeout is None else time.monotonic() + timeout
         calls = self._calls
+        self._thread = threading.get_ident()
         while not done():
             now = time.monotonic()
             if deadline is not None and now >= deadline:

@@ -19,6 +19,8 @@ class Output:
     meta: Meta
     data: bytes | None
     rank: int
+    #: of a small one, once it is known
+    checksum: str = ""
 
     def place(self, task: int) -> InputPlace:
         """Return where consumers find it."""

@@ -43,6 +43,11 @@ class ProgressLine:
             self._clear()
             print(f"{self._prefix()} {text}", file=self._stream, flush=True)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether counts that are given now would be shown."""
+        return time.monotonic() >= self._next
+
     def update(self, *, total: int, committed: int, started: int, rerun: int) -> None:
         """Take new counts and show them, but not too often."""
         self._counts = (committed, total, started, rerun)

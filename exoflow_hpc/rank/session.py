@@ -104,7 +104,12 @@ class Session:
         self._loop.post(lambda: self._handle(peer, ms.decode(payload)))
 
     def _handle(self, peer: tuple[int, int], message: ms.Message) -> None:
-        if isinstance(message, ms.Over):
+        if type(message) is ms.Run:  # the most frequent ones first
+            self._agent.handle(peer[0], message)
+        elif type(message) is ms.Finished:
+            if self._controller is not None:
+                self._controller.handle(*peer, message)
+        elif isinstance(message, ms.Over):
             self._leaving.discard(peer[0])
         elif isinstance(message, ms.Hello):
             if self._controller is not None:

@@ -23,6 +23,10 @@ from .protocol import InlineInput, Input, TaskDone, TaskFailed, TaskRequest
 __all__ = ["Executor", "flush_output"]
 
 
+#: reentrant
+_UNLIMITED = contextlib.nullcontext()
+
+
 class _LostInput(Exception):
     """An input is not in the arena."""
 
@@ -61,7 +65,7 @@ class Executor:
         )
         used = None if request.memory is None else Used()
         try:
-            with limited(used, request.memory):
+            with limited(used, request.memory) if used is not None else _UNLIMITED:
                 _extend_path(request.sys_path)
                 function = self._function(request.function)
                 values: dict[int, Any] = {}

@@ -31,6 +31,11 @@ class FrameReader:
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """Take bytes and yield each message that is complete now."""
+        if not self._buffer and len(data) >= _HEADER.size:
+            (nbytes,) = _HEADER.unpack_from(data)
+            if len(data) == _HEADER.size + nbytes:  # as most of them come
+                yield _unpack(memoryview(data)[_HEADER.size :], nbytes)
+                return
         self._buffer += data
         while len(self._buffer) >= _HEADER.size:
             (nbytes,) = _HEADER.unpack_from(self._buffer)
@@ -38,9 +43,12 @@ class FrameReader:
             if len(self._buffer) < end:
                 return
             with memoryview(self._buffer) as view:
-                message = msgpack.unpackb(
-                    view[_HEADER.size : end], strict_map_key=False, unicode_errors="surrogatepass",
-                    max_bin_len=nbytes, max_str_len=nbytes,
-                )  # fmt: skip
+                message = _unpack(view[_HEADER.size : end], nbytes)
             del self._buffer[:end]
             yield message
+
+
+def _unpack(body: memoryview, nbytes: int) -> Any:
+    return msgpack.unpackb(
+        body, strict_map_key=False, unicode_errors="surrogatepass", max_bin_len=nbytes, max_str_len=nbytes
+    )

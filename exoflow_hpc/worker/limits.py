@@ -49,6 +49,10 @@ class Limits:
     def __init__(self) -> None:
         self._watched: dict[TaskHandle, _Watched] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any task has a limit."""
+        return bool(self._watched)
+
     def assigned(self, handle: TaskHandle, worker: RemoteWorker) -> None:
         """Take that *worker* was sent a task."""
         request = handle.request

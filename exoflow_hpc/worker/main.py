@@ -112,6 +112,8 @@ def _answer(connection: _Connection, executor: Executor, seq: int, request: Task
 def _calm() -> None:
     """Undo what would hit the next task: blocked signals, which all that it starts inherits, and an alarm."""
     signal.setitimer(signal.ITIMER_REAL, 0)
+    if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        return  # nothing is blocked, so nothing can be pending
     signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that has gone off while it was blocked is forgotten
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

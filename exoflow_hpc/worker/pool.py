@@ -251,10 +251,12 @@ class WorkerPool:
         events = self._fleet.wait(timeout)
         with self._lock:
             self._fleet.handle(events)  # first: a task that has ended in time has, however late this is seen
-            for overrun in self._limits.late():
-                self._kill_overrun(overrun)
+            looks = []
+            if self._limits:
+                for overrun in self._limits.late():
+                    self._kill_overrun(overrun)
+                looks = self._limits.to_look_at()
             self._dispatch()
-            looks = self._limits.to_look_at()
         for handle, worker, base in looks:  # without the lock: it can take long for large processes
             measured = self._limits.measure(worker, base, handle.request.memory or 0)
             with self._lock:
@@ -265,7 +267,7 @@ class WorkerPool:
         return True
 
     def _timeout(self, longest: float | None) -> float | None:
-        due, timeout = self._limits.due(), self._fleet.timeout()
+        due, timeout = self._limits.due() if self._limits else None, self._fleet.timeout()
         if longest is not None:
             timeout = longest if timeout is None else min(timeout, longest)
         if due is None:

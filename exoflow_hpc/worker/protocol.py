@@ -269,12 +269,12 @@ class Reply:
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> Reply:
+        if wire[0] == 1:
+            _, seq, last, meta, nbytes, inline, seconds = wire
+            return cls(seq, TaskDone(Meta.from_wire(meta), nbytes, inline, seconds), last)
         kind, seq, *rest = wire
         if kind == 0:
             return cls(seq)
-        if kind == 1:
-            last, meta, nbytes, inline, seconds = rest
-            return cls(seq, TaskDone(Meta.from_wire(meta), nbytes, inline, seconds), last)
         if kind == 2:
             last, stage, names, message, traceback, pickled, retryable, lost, seconds = rest
             failed = TaskFailed(stage, tuple(names), message, traceback, pickled, retryable, tuple(lost), seconds)

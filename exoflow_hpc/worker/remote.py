@@ -89,16 +89,28 @@ class RemoteWorker:
         frame = encode([self.seq + 1, forget, request.to_wire(known)])
         if forget:
             self._known, self._known_bytes = known, 0
-        self._known_bytes += sum(len(data) for key, data in request.blobs.items() if key not in self._known)
-        self._known.update(request.blobs)
+        if not known.issuperset(request.blobs):
+            self._known_bytes += sum(len(data) for key, data in request.blobs.items() if key not in known)
+            known.update(request.blobs)
         self.seq += 1
         self.handle, handle.worker = handle, self
         self.send(frame)
 
     def send(self, frame: bytes) -> None:
         """Send as much as goes at once, keep the rest for `flush`."""
-        self._out.append(memoryview(frame))
-        self.flush()
+        if not self._out:
+            try:
+                sent = self.socket.send(frame)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return  # as in `flush`
+            if sent == len(frame):
+                return
+            self._out.append(memoryview(frame)[sent:])
+        else:
+            self._out.append(memoryview(frame))
+            self.flush()
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
