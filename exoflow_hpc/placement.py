@@ -12,7 +12,8 @@ __all__ = ["Ranks"]
 @dataclass(slots=True)
 class _Rank:
     incarnation: int
-    #: workers that have nothing to do; below 0 never
+    slots: int
+    #: workers that have nothing to do; below 0: as many tasks wait for one
     free: int
     #: (task, attempt) → whether it holds a worker
     running: dict[tuple[int, int], bool] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class Ranks:
 
     def join(self, rank: int, incarnation: int, slots: int) -> None:
         """Add a rank, which must not be there."""
-        self._ranks[rank] = _Rank(incarnation, slots)
+        self._ranks[rank] = _Rank(incarnation, slots, slots)
         heapq.heappush(self._heap, (-slots, rank))
 
     def lose(self, rank: int) -> list[tuple[int, int]]:
@@ -80,6 +81,11 @@ class Ranks:
         """Whether any rank can start something now."""
         top = self._top()
         return top is not None and (not takes_worker or self._ranks[top].free > 0)
+
+    def ahead(self, tasks: int) -> int | None:
+        """Return the rank where fewest tasks wait for a worker, if those are less than *tasks* for each worker."""
+        top = self._top()
+        return None if top is None or self._ranks[top].free <= -tasks * self._ranks[top].slots else top
 
     def choose(self, nbytes: Mapping[int, int], takes_worker: bool) -> int | None:
         """Return the rank with room and most of *nbytes* (by rank), then the idlest, then the lowest; or None."""

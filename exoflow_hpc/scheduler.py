@@ -49,10 +49,14 @@ from .undoing import Undoing
 
 __all__ = ["Scheduler", "TaskState"]
 
-_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled", "timeout", "memory")
+_FAILURES = ("exception", "crash", "rank-lost", "lost-input", "storage", "canceled", "timeout", "memory", "returned")
 
 #: what ``catch_exceptions`` catches: what the task or its process did, and not what befell its rank, inputs or storage
 _CAUGHT = ("exception", "crash", "timeout", "memory")
+
+
+#: tasks that a rank is given beyond its workers, for each worker, while tasks are quick
+_AHEAD = 4
 
 
 class Scheduler:
@@ -108,9 +112,11 @@ class Scheduler:
         self._catching: dict[int, int] = {}
         #: task → error that is made its output when its effect is undone
         self._undone_first: dict[int, Any] = {}
-        #: tasks that were dispatched
-        self._run: set[int] = set()
+        #: task → how often it was dispatched, not counting what was returned; none at 0
+        self._run: dict[int, int] = {}
         self._dispatches = 0
+        #: whether the task that finished last was quick
+        self._quick = False
         self._started = False
         #: set when the run can't succeed any more: what to say when the writes under way are over
         self._ending: Finish | None = None
@@ -219,6 +225,7 @@ class Scheduler:
     def _on_finished(self, event: TaskFinished) -> None:
         task, attempt = event.task, event.attempt
         self._check_attempt(task, attempt)
+        self._quick = event.quick
         self._undoing.is_over(task, attempt)
         if not (self._ranks.end(task, attempt) and self._is_current(task, attempt)):
             held = self._table.held[task]
@@ -237,6 +244,14 @@ class Scheduler:
             raise ValueError(f"TaskFailed of kind {event.kind!r}: {self.story(task)}")
         self._undoing.is_over(task, event.attempt)
         if not (self._ranks.end(task, event.attempt) and self._is_current(task, event.attempt)):
+            return
+        if event.kind == "returned":
+            self._quick = False
+            self._dispatches -= 1
+            self._run[task] -= 1
+            if not self._run[task]:
+                del self._run[task]
+            self._table.requeue(task)
             return
         if event.kind in ("rank-lost", "lost-input", "storage"):
             self._count_loss(task, event.kind, event.error)
@@ -404,6 +419,26 @@ class Scheduler:
                     break
                 if not self._awaits_commit(task):
                     self._dispatch_one(task, takes_worker)
+        if self._quick and self._undoing.is_idle:
+            self._dispatch_ahead()
+
+    def _dispatch_ahead(self) -> None:
+        """Let small tasks wait on ranks for workers, which need not wait for them then.
+
+        Not those with effects or limits, nor those with large inputs: they go where these are, or where a worker is free.
+        """
+        while (rank := self._ranks.ahead(_AHEAD)) is not None:
+            task = self._table.next_ready(True)
+            if task is None:
+                return
+            spec = self.spec.tasks[task]
+            if spec.external or spec.timeout is not None or spec.memory is not None:
+                return
+            held = (self._table.held[upstream] for upstream in spec.data)
+            if any(one is not None and one.nbytes > INLINE_LIMIT for one in held):
+                return
+            self._table.pop_ready(True)
+            self._dispatch_one(task, True, rank)
 
     def _awaits_commit(self, task: int) -> bool:
         """Whether an external task has to wait, since its rollback could not be given what the task is given.
@@ -421,7 +456,7 @@ class Scheduler:
                 return True
         return False
 
-    def _dispatch_one(self, task: int, takes_worker: bool) -> None:
+    def _dispatch_one(self, task: int, takes_worker: bool, ahead: int | None = None) -> None:
         inputs = []
         nbytes: dict[int, int] = {}
         for upstream in self.spec.tasks[task].data:
@@ -432,11 +467,11 @@ class Scheduler:
             inputs.append(Input(upstream, "memory", held.attempt))
             if self._ranks.incarnation(held.rank) == held.incarnation:
                 nbytes[held.rank] = nbytes.get(held.rank, 0) + held.nbytes
-        rank = self._ranks.choose(nbytes, takes_worker)
+        rank = self._ranks.choose(nbytes, takes_worker) if ahead is None else ahead
         assert rank is not None, "the caller has seen that there is room"
         self._attempt[task] += 1
         self._ranks.start(task, self._attempt[task], rank, takes_worker)
-        self._run.add(task)
+        self._run[task] = self._run.get(task, 0) + 1
         self._dispatches += 1
         if self.spec.tasks[task].external:
             self._undoing.began(task, self._attempt[task])

@@ -101,12 +101,16 @@ class RollbackFailed:
 
 @dataclass(frozen=True, slots=True)
 class TaskFinished:
-    """An attempt has put its output, of *nbytes* bytes, in the memory of *rank*."""
+    """An attempt has put its output, of *nbytes* bytes, in the memory of *rank*.
+
+    quick: it took so little time that a worker had better have the next task already, see `Dispatch`.
+    """
 
     task: int
     attempt: int
     rank: int
     nbytes: int = 0
+    quick: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,8 @@ class TaskFailed:
     kind: ``"exception"`` (the function raised), ``"crash"`` (its worker died), ``"timeout"`` and ``"memory"``
     (its worker was killed for a limit of the task's), ``"rank-lost"`` (its rank did),
     ``"lost-input"`` (an input could not be had: *missing* names it, as (task, attempt)), ``"storage"`` (an input could
-    not be read from the storage, though it may be whole), ``"canceled"`` (as told by `CancelAttempt`).
+    not be read from the storage, though it may be whole), ``"canceled"`` (as told by `CancelAttempt`), ``"returned"`` (it was
+    dispatched ahead, and has not begun, nor will it).
     retryable: for an exception, whether it is of the task's `retry_exceptions`.
     """
 
@@ -209,7 +214,8 @@ class Input:
 class Dispatch:
     """Run *attempt* of a task on a rank. Inputs are in the order of `TaskSpec.data`. A reduce takes no worker.
 
-    An external task is to be sent there only after a durable record of its start (R10a).
+    An external task is to be sent there only after a durable record of its start (R10a). While tasks are quick, some are dispatched
+    ahead: they wait on the rank for a worker. One that waits for long is to be returned (`TaskFailed`).
     """
 
     task: int

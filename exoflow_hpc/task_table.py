@@ -138,6 +138,13 @@ class TaskTable:
                 return task
         return None
 
+    def next_ready(self, takes_worker: bool) -> int | None:
+        """Return the task that `pop_ready` would return."""
+        queue = self._ready[takes_worker]
+        while queue and self.state[queue[0]] is not TaskState.READY:
+            heapq.heappop(queue)
+        return queue[0] if queue else None
+
     def requeue(self, task: int) -> None:
         """A RUNNING task has to run again, and so has any input lost while it ran."""
         self.state[task] = TaskState.WAITING

@@ -46,6 +46,8 @@ log = logging.getLogger("exoflow_hpc.agent")
 
 #: seconds between looks at whether inputs that have not come still exist
 _INPUT_CHECK = 2.0
+#: seconds after which a task that waits for a worker is returned: what runs here takes longer than was thought, and others may be idle
+_RETURN_AFTER = 0.25
 #: how often a lease is renewed while it lasts
 _RENEWALS = 4
 
@@ -89,6 +91,9 @@ class Agent:
         #: how the run ended
         self.ended: ms.End | None = None
         self._checking = False
+        #: attempts that the pool has
+        self._submitted: dict[Job, None] = {}
+        self._returning = False
 
     def connect(self, send: Any) -> None:
         """Set ``send(rank, message)``."""
@@ -290,6 +295,11 @@ class Agent:
             memory=task.memory,
             catch=task.catch_exceptions and not run.rollback,
         )
+        job.submitted = time.monotonic()
+        self._submitted[job] = None
+        if len(self._submitted) > self._slots and not self._returning:
+            self._returning = True
+            self._loop.after(_RETURN_AFTER, self._return_late)
         job.handle = self._pool.submit(
             request,
             lambda result: self._loop.post(lambda: self._ran(job, result)),
@@ -298,8 +308,22 @@ class Agent:
             ),
         )
 
+    def _return_late(self) -> None:
+        """Return tasks that have waited for a worker for too long."""
+        self._returning = False
+        limit = time.monotonic() - _RETURN_AFTER
+        for job in reversed(list(self._submitted)):
+            if len(self._submitted) <= self._slots:
+                return
+            if job.submitted <= limit and not job.over and job.handle is not None and self._pool.withdraw(job.handle):
+                del self._submitted[job]
+                self._failed(job, Failure("returned", "it has waited for a worker"))
+        self._returning = True
+        self._loop.after(_RETURN_AFTER, self._return_late)
+
     def _ran(self, job: Job, result: TaskResult) -> None:
         oid = job.output
+        self._submitted.pop(job, None)
         if job.over or not isinstance(result, TaskDone):
             # a worker that died, or was killed, may have sealed an output that nobody will ask for
             self._arena.delete(oid)

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:  # importing it initialises MPI
     from hoplite_mpi.store import ObjectStore
 
 __all__ = ["Controller"]
+
+#: seconds that a task takes at most for the next ones to be dispatched before a worker is free
+_QUICK = 0.002
 
 log = logging.getLogger("exoflow_hpc.controller")
 
@@ -106,8 +110,12 @@ class Controller:
         self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
         self._agents: dict[int, int] = {}
+        #: ranks that were told to begin and have not answered: no task is dispatched ahead before they have got theirs
+        self._awaited: set[int] = set()
         #: (task, attempt) → rank, of what was dispatched and not answered
         self._running: dict[tuple[int, int], int] = {}
+        #: records that the journal has not been given yet, and what is to follow
+        self._unwritten: list[tuple[dict[str, Any], Callable[[], None], Callable[[BaseException], None]]] = []
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
         self.outcome: Outcome | None = None
@@ -139,6 +147,7 @@ class Controller:
             self._find_lost_outputs()
         for rank in gone:
             incarnation = self._agents.pop(rank)
+            self._awaited.discard(rank)
             running = [which for which, where in self._running.items() if where == rank]
             for (task, attempt), where in list(self._running.items()):
                 if where == rank:  # its worker may have left a whole output in the node's memory
@@ -180,6 +189,7 @@ class Controller:
                 if self._tally.joins(member.rank, member.incarnation):
                     self._progress.say(f"rank {member.rank} is back (incarnation {member.incarnation})")
                 self._agents[member.rank] = member.incarnation
+                self._awaited.add(member.rank)
                 self._begin(member.rank)
 
     def greet(self, rank: int, incarnation: int) -> None:
@@ -222,6 +232,7 @@ class Controller:
             case ms.Renew():
                 self._grant(rank, message.sent)
             case ms.Ready():
+                self._awaited.discard(rank)
                 self._leases.processes[rank] = message.process
                 # it has stopped what it ran in older epochs
                 stopped = [(t, start.attempt) for t, start in self._unfinished if start.process == message.process]
@@ -255,14 +266,15 @@ class Controller:
         output = Output(message.attempt, meta, message.data, rank, checksum)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
-        self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes))
+        quick = message.seconds < _QUICK and not self._awaited
+        self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes, quick))
 
     def _failed(self, message: ms.Failed) -> None:
         failure = Failure.from_wire(message.error)
         self._running.pop((message.task, message.attempt), None)
         name = self._spec.tasks[message.task].name
         undoing = self._effects.is_rollback(message.task, message.attempt)
-        if failure.kind != "canceled":
+        if failure.kind not in ("canceled", "returned"):
             what = f"the rollback of task {name}" if undoing else f"task {name}"
             self._progress.say(f"{what} (attempt {message.attempt}): {failure.text}")
         if undoing:
@@ -491,19 +503,29 @@ class Controller:
     def _append(
         self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
     ) -> None:
-        """Journal a record; *durable* or *failed* follows in the loop's thread."""
-        broken = failed or self._broken
+        """Journal a record; *durable* or *failed* follows in the loop's thread.
 
-        def acknowledged(future: Future[None]) -> None:
-            error = future.exception()
-            self._loop.post(durable if error is None else lambda: broken(error))
+        It goes to the journal when the loop has made the calls that wait now: what they append is in one group with it.
+        """
+        if not self._unwritten:
+            self._loop.post(self._write)
+        self._unwritten.append((records.encode(record), durable, failed or self._broken))
 
-        try:
-            future = self._journal.append(records.encode(record))
-        except ExoFlowError as error:
-            self._loop.post(lambda error=error: broken(error))  # type: ignore[misc]
-        else:
-            future.add_done_callback(acknowledged)
+    def _write(self) -> None:
+        unwritten, self._unwritten = self._unwritten, []
+        for record, durable, failed in unwritten:
+            try:
+                future = self._journal.append(record)
+            except ExoFlowError as error:
+                self._loop.post(partial(failed, error))
+            else:
+                future.add_done_callback(partial(self._acknowledge, durable, failed))
+
+    def _acknowledge(
+        self, durable: Callable[[], None], failed: Callable[[BaseException], None], future: Future[None]
+    ) -> None:
+        error = future.exception()
+        self._loop.post(durable if error is None else partial(failed, error))
 
     def _broken(self, error: BaseException) -> None:
         if self.outcome is None:
@@ -533,6 +555,7 @@ class Controller:
     def _end(self, status: str, error: ExoFlowError | None) -> None:
         if self.outcome is not None:
             return
+        self._write()  # what was done is kept, however this ends
         self._tally.add(self._scheduler)
         self.outcome = self._tally.outcome(status, error, len(self._spec.tasks))
         self._show()

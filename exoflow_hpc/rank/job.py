@@ -29,5 +29,7 @@ class Job:
     #: position → id, for inputs that are on their way
     coming: dict[int, ObjectID] = field(default_factory=dict)
     handle: TaskHandle | None = None
+    #: monotonic time at which the pool got it
+    submitted: float = 0.0
     canceled: bool = False
     over: bool = False

@@ -31,8 +31,8 @@ class FleetListener(Protocol):
     def worker_ready(self, worker: RemoteWorker) -> None:
         """Take a new worker."""
 
-    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress | Began) -> None:
-        """Take what a worker says about its present task."""
+    def worker_said(self, worker: RemoteWorker, seq: int, body: TaskDone | TaskFailed | Progress | Began) -> None:
+        """Take what a worker says about the task of request *seq*, which is its first one."""
 
     def worker_gone(self, worker: RemoteWorker, text: str, exitcode: int | None) -> None:
         """Take that the process of a worker is gone; *text* says how."""
@@ -244,8 +244,8 @@ class Fleet:
             if reply.body is not None:
                 if reply.last:
                     worker.condemned = worker.retired = True
-                if reply.seq == worker.seq:  # else it is of a thread that an earlier task left behind
-                    self._listener.worker_said(worker, reply.body)
+                if reply.seq in worker.tasks:  # else it is of a thread that an earlier task left behind
+                    self._listener.worker_said(worker, reply.seq, reply.body)
             else:
                 worker.ready = True
                 self.started += 1
@@ -260,13 +260,13 @@ class Fleet:
         del self.workers[worker.number]
         if worker.socket in self._selector.get_map():
             self._selector.unregister(worker.socket)
-        worker.socket.close()
         text = worker.cause or text
         text = f"a new worker {text}" if worker.pid is None else f"worker pid {worker.pid} {text}"
         if not worker.ready:
             self._failed_starts += 1
             self.failure = text
         self._listener.worker_gone(worker, text, exitcode)
+        worker.close()
 
     def _expire(self) -> None:
         """Do what is due for workers that are late: to be ready, to exit after their connection's end, to be dead."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 
-__all__ = ["FrameReader", "encode"]
+__all__ = ["FrameReader", "decode", "encode"]
 
 _HEADER = struct.Struct("<Q")
 
@@ -20,6 +20,11 @@ def encode(message: Any) -> bytes:
     except UnicodeEncodeError:  # lone surrogates in a user's message: they shall not cost the message
         body = msgpack.packb(message, unicode_errors="surrogatepass")
     return _HEADER.pack(len(body)) + body
+
+
+def decode(frame: bytes) -> Any:
+    """Return the message of one whole frame."""
+    return _unpack(memoryview(frame)[_HEADER.size :], len(frame) - _HEADER.size)
 
 
 class FrameReader:

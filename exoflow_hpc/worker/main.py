@@ -1,10 +1,11 @@
-"""A worker process after its fork: reads requests from its socket, runs them, replies."""
+"""A worker process after its fork: reads requests from its letter box and its socket, runs them, replies."""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import random
+import select
 import signal
 import socket
 import sys
@@ -13,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .execute import Executor, flush_output
-from .frames import FrameReader, encode
+from .frames import FrameReader, decode, encode
 from .memory import mark_for_oom, private_memory
-from .protocol import Began, Progress, Reply, TaskRequest
+from .protocol import LETTER_LIMIT, Began, Progress, Reply, TaskRequest
 from .tree import end_children, has_children
 
 __all__ = ["run_worker"]
@@ -35,9 +36,31 @@ class _Connection:
         self.pid = os.getpid()
 
     def messages(self) -> Iterator[Any]:
-        """Yield what the rank sends, until it closes its end."""
-        while data := self._socket.recv(_CHUNK):
-            yield from self._reader.feed(data)
+        """Yield what the rank sends, until it closes its end: its hello, then requests.
+
+        Each small request is a letter in a socket of its own, taken out only when it is its turn: the rank may take it back
+        until then. What is too large for a letter comes by itself, through the stream.
+        """
+        data, descriptors, _, _ = socket.recv_fds(self._socket, _CHUNK, 1, socket.MSG_CMSG_CLOEXEC)
+        if not descriptors:
+            return
+        yield from self._reader.feed(data)
+        box = socket.socket(fileno=descriptors[0])
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        waiting.register(box, select.POLLIN)
+        while True:
+            try:
+                letter = box.recv(LETTER_LIMIT, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                letter = b""
+            if letter:
+                yield decode(letter)
+            elif any(number == self._socket.fileno() for number, _ in waiting.poll()):
+                data = self._socket.recv(_CHUNK)
+                if not data:
+                    return
+                yield from self._reader.feed(data)
 
     def send(self, reply: Reply) -> None:
         """Send *reply*. Does nothing in a child that the task has forked: there is one voice on this socket."""

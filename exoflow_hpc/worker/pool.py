@@ -43,6 +43,10 @@ class PoolStatistics:
 
 #: seconds without a `drive` after which the pool's own thread does the I/O: timeouts hold while the driver is busy
 _ABSENT = 0.05
+#: tasks that a worker has at most, of which it can have begun one
+_DEPTH = 4
+#: seconds that a task takes after which another one may wait in its worker's letter box, and that it waits there at most
+_QUICK, _LONGEST_WAIT = 0.002, 0.05
 
 
 class WorkerPool:
@@ -75,6 +79,8 @@ class WorkerPool:
         self._calls: deque[tuple[Callable[[Any], object], Any]] = deque()
         #: workers with bytes left to send, which the I/O thread has to watch
         self._unsent: set[RemoteWorker] = set()
+        #: workers that have more than one task
+        self._ahead: set[RemoteWorker] = set()
         self._crashed = 0
         self._limits = Limits()
         #: set once; from then on nothing is taken, and every handle gets its result
@@ -88,6 +94,8 @@ class WorkerPool:
         self._driven, self._left = False, float("-inf")
         #: tells the I/O thread that the driver has left, or that the pool is closing
         self._changed = threading.Event()
+        #: the pool is closing
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
 
     def __enter__(self) -> WorkerPool:
@@ -134,12 +142,27 @@ class WorkerPool:
                 return False
             if not handle.cancelled:
                 handle.cancelled = True
+                if handle.worker is not None and handle.worker.handle is not handle:
+                    self._take_back(handle.worker)
                 if handle.worker is None:
                     self._queue.remove(handle)
                     self._finish(handle, TaskCancelled())
                 else:
                     self._fleet.kill(handle.worker, "was cancelled")
                 self._fleet.wake()
+            return True
+
+    def withdraw(self, handle: TaskHandle) -> bool:
+        """Forget a task that has not begun: its `on_done` is never called. False if it has, and goes on."""
+        with self._lock:
+            if handle.done or handle.cancelled or self._closing:
+                return False
+            if handle.worker is not None and handle.worker.handle is not handle:
+                self._take_back(handle.worker)
+            if handle.worker is not None:
+                return False
+            self._queue.remove(handle)
+            handle.done = True
             return True
 
     def set_lease(self, until: float | None) -> None:
@@ -161,7 +184,7 @@ class WorkerPool:
             return PoolStatistics(
                 pids=tuple(pid for pid in living if pid is not None),
                 forkserver_pid=self._fleet.forkserver_pid,
-                busy=sum(worker.handle is not None for worker in workers),
+                busy=sum(bool(worker.tasks) for worker in workers),
                 queued=len(self._queue),
                 started=self._fleet.started,
                 crashed=self._crashed,
@@ -179,6 +202,7 @@ class WorkerPool:
                 running = self._thread.ident is not None
                 if running:
                     self._fleet.wake()
+                    self._over.set()
                     self._changed.set()
         if first and not running:
             self._shut()
@@ -223,15 +247,16 @@ class WorkerPool:
 
     def _wait_for_absence(self) -> bool:
         """Wait until nobody drives the pool. False when it is closing."""
-        while not self._closing:
-            rest = self._left + _ABSENT - time.monotonic()
+        rest = 0.0
+        while not self._over.wait(rest):
             if self._driven or self._wanted:
-                self._changed.wait()  # a driver that waits costs nothing here
+                self._changed.wait()  # a driver that waits costs nothing here, one that comes and goes a look now and then
                 self._changed.clear()
-            elif rest > 0:
-                time.sleep(rest)
+                rest = _ABSENT
             else:
-                return True
+                rest = self._left + _ABSENT - time.monotonic()
+                if rest <= 0:
+                    return True
         return False
 
     def _step(self, longest: float | None = None) -> bool:
@@ -256,6 +281,8 @@ class WorkerPool:
                 for overrun in self._limits.late():
                     self._kill_overrun(overrun)
                 looks = self._limits.to_look_at()
+            if self._ahead:
+                self._free_stuck()
             self._dispatch()
         for handle, worker, base in looks:  # without the lock: it can take long for large processes
             measured = self._limits.measure(worker, base, handle.request.memory or 0)
@@ -268,6 +295,9 @@ class WorkerPool:
 
     def _timeout(self, longest: float | None) -> float | None:
         due, timeout = self._limits.due() if self._limits else None, self._fleet.timeout()
+        if self._ahead:
+            first = min(worker.since for worker in self._ahead) + _LONGEST_WAIT
+            due = first if due is None else min(due, first)
         if longest is not None:
             timeout = longest if timeout is None else min(timeout, longest)
         if due is None:
@@ -314,6 +344,29 @@ class WorkerPool:
             self._limits.assigned(handle, worker)
             if worker.has_output:
                 self._unsent.add(worker)
+        while self._queue and not self._queue[0].waits:
+            workers = self._fleet.workers.values()
+            able = [one for one in workers if one.quick and not one.condemned and 0 < len(one.tasks) < _DEPTH]
+            least = min(able, key=lambda one: len(one.tasks), default=None)
+            if least is None or not least.assign_next(self._queue[0]):
+                break
+            self._queue.popleft()
+            self._ahead.add(least)
+
+    def _free_stuck(self) -> None:
+        """Let tasks that wait for one that takes longer than was thought be run by any worker."""
+        limit = time.monotonic() - _LONGEST_WAIT
+        for worker in [one for one in self._ahead if one.since <= limit]:
+            worker.quick = False
+            self._take_back(worker)
+
+    def _take_back(self, worker: RemoteWorker, *, all_of_them: bool = False) -> None:
+        """Put the tasks of a worker that it has not begun back to the begin of the queue."""
+        self._ahead.discard(worker)
+        for handle in reversed(worker.take_back(all_of_them=all_of_them)):
+            handle.waits = True
+            self._limits.over(handle)
+            self._queue.appendleft(handle)
 
     def _finish(self, handle: TaskHandle, result: TaskResult) -> None:
         handle.worker, handle.done = None, True
@@ -326,11 +379,9 @@ class WorkerPool:
         """Take a new worker (`FleetListener`)."""
         self._idle.append(worker)
 
-    def worker_said(self, worker: RemoteWorker, body: TaskDone | TaskFailed | Progress | Began) -> None:
+    def worker_said(self, worker: RemoteWorker, seq: int, body: TaskDone | TaskFailed | Progress | Began) -> None:
         """Take what a worker says about its task (`FleetListener`)."""
-        handle = worker.handle
-        if handle is None:
-            return  # a thread that the task left behind
+        handle = worker.tasks[seq]
         if isinstance(body, Began):
             self._limits.began(handle, body)
             return
@@ -338,9 +389,14 @@ class WorkerPool:
             if handle.on_progress is not None:
                 self._calls.append((handle.on_progress, body))
             return
-        worker.handle = None
+        worker.over(seq)
+        worker.quick = isinstance(body, TaskDone) and body.seconds < _QUICK
         self._finish(handle, body)
-        if not worker.condemned:
+        if len(worker.tasks) < 2:
+            self._ahead.discard(worker)
+        if worker.condemned:
+            self._take_back(worker, all_of_them=True)  # it takes no other
+        elif not worker.tasks:
             self._idle.append(worker)
 
     def worker_gone(self, worker: RemoteWorker, text: str, exitcode: int | None) -> None:
@@ -348,7 +404,11 @@ class WorkerPool:
         self._unsent.discard(worker)
         if worker.pid is not None and self._on_exit is not None:
             self._calls.append((self._on_exit, worker.pid))
-        handle, worker.handle = worker.handle, None
+        handle = worker.handle
+        # its first one as well, if it has never seen it, and wasn't killed for it
+        self._take_back(worker, all_of_them=not (self._closing or (handle and (handle.cancelled or handle.overran))))
+        handle = worker.handle
+        worker.tasks.clear()
         cancelled = self._closing or (handle is not None and handle.cancelled)
         self._crashed += not (cancelled or worker.retired)
         if handle is not None:

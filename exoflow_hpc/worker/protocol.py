@@ -12,6 +12,7 @@ from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.meta import Meta
 
 __all__ = [
+    "LETTER_LIMIT",
     "ArenaInput",
     "Began",
     "InlineInput",
@@ -27,6 +28,10 @@ __all__ = [
     "TaskResult",
     "describe_exit",
 ]
+
+
+#: bytes of a request that fits into a letter box, several of them at a time
+LETTER_LIMIT = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .frames import FrameReader, encode
-from .protocol import Progress, Reply, TaskRequest, TaskResult
+from .frames import FrameReader, decode, encode
+from .protocol import LETTER_LIMIT, Progress, Reply, TaskRequest, TaskResult
 
 __all__ = ["RemoteWorker", "TaskHandle"]
 
@@ -21,7 +23,7 @@ BLOB_LIMIT = 256 << 20
 class TaskHandle:
     """A submitted task. `WorkerPool.cancel` takes it."""
 
-    __slots__ = ("cancelled", "done", "memory_used", "on_done", "on_progress", "overran", "request", "worker")
+    __slots__ = ("cancelled", "done", "memory_used", "on_done", "on_progress", "overran", "request", "waits", "worker")
 
     def __init__(
         self,
@@ -32,6 +34,8 @@ class TaskHandle:
         self.request = request
         self.on_done = on_done
         self.on_progress = on_progress
+        #: it is given to a worker without a task only: there is a limit, which counts from when the worker has it
+        self.waits = request.timeout is not None or request.memory is not None
         #: the worker that has it; None while it is queued and when it is done
         self.worker: RemoteWorker | None = None
         self.cancelled = False
@@ -44,7 +48,11 @@ class TaskHandle:
 
 
 class RemoteWorker:
-    """One worker process. All methods are called with the pool's lock held; none blocks."""
+    """One worker process. All methods are called with the pool's lock held; none blocks.
+
+    Small requests go into its letter box, so that it finds the next one when it has done one. Those that it has not
+    taken out can be taken back: so what waits there has not begun.
+    """
 
     def __init__(self, number: int, sock: socket.socket, hello: Any) -> None:
         sock.setblocking(False)
@@ -66,15 +74,28 @@ class RemoteWorker:
         self.deadline: float | None = None
         #: for people: why the pool has it killed, "closed its connection …"
         self.cause: str | None = None
-        self.handle: TaskHandle | None = None
-        #: number of the request that it has; replies with another one are late
-        self.seq = 0
+        #: number of the request → task, in the order in which it takes them; all but the first may not have been taken out
+        self.tasks: dict[int, TaskHandle] = {}
+        #: monotonic time since which the first of them is the first
+        self.since = 0.0
+        #: its last task was so quick that the next one shall wait for it
+        self.quick = False
+        #: number of the latest request
+        self._seq = 0
         #: keys of the blobs that it was sent since it was told to forget
         self._known: set[str] = set()
         self._known_bytes = 0
         self._reader = FrameReader()
         self._out: deque[memoryview] = deque()
-        self.send(encode(hello))
+        #: both ends of its letter box
+        self._post, self._box = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(OSError):  # it is gone: its exit status says so
+            socket.send_fds(sock, [encode(hello)], [self._box.fileno()])
+
+    @property
+    def handle(self) -> TaskHandle | None:
+        """The task that it has begun, or is about to; None: it has nothing to do."""
+        return next(iter(self.tasks.values()), None)
 
     @property
     def has_output(self) -> bool:
@@ -82,19 +103,85 @@ class RemoteWorker:
         return bool(self._out)
 
     def assign(self, handle: TaskHandle) -> None:
-        """Give it a task. What msgpack raises for a request that can't be sent, it raises, and nothing has happened."""
+        """Give a task to a worker without one. Raises what msgpack does for a request that can't be sent: then nothing has happened."""
         request = handle.request
         forget = self._known_bytes > BLOB_LIMIT
         known: set[str] = set() if forget else self._known
-        frame = encode([self.seq + 1, forget, request.to_wire(known)])
+        frame = encode([self._seq + 1, forget, request.to_wire(known)])
         if forget:
             self._known, self._known_bytes = known, 0
         if not known.issuperset(request.blobs):
             self._known_bytes += sum(len(data) for key, data in request.blobs.items() if key not in known)
             known.update(request.blobs)
-        self.seq += 1
-        self.handle, handle.worker = handle, self
-        self.send(frame)
+        self._take(handle)
+        self.since = time.monotonic()
+        if len(frame) > LETTER_LIMIT or not self._write(frame):
+            self.send(frame)
+
+    def assign_next(self, handle: TaskHandle) -> bool:
+        """Give another task to a worker that has one; False if that can't be: then nothing has happened."""
+        request = handle.request
+        # what it may be told to give back must not be what it has a blob from
+        if not self._known.issuperset(request.blobs) or self._known_bytes > BLOB_LIMIT or self._out:
+            return False
+        try:
+            frame = encode([self._seq + 1, False, request.to_wire(self._known)])
+        except (TypeError, ValueError, OverflowError):  # `assign` tells
+            return False
+        if len(frame) > LETTER_LIMIT or not self._write(frame):
+            return False
+        self._take(handle)
+        return True
+
+    def take_back(self, *, all_of_them: bool = False) -> list[TaskHandle]:
+        """Return the tasks that it has not begun and won't, in their order; its first one only if *all_of_them*."""
+        first = next(iter(self.tasks), None)
+        kept, found = b"", []
+        while True:
+            try:
+                letter = self._box.recv(LETTER_LIMIT, socket.MSG_DONTWAIT)
+            except OSError:  # there is none, or no box
+                break
+            if not letter:
+                break
+            seq = decode(letter)[0]
+            if seq == first and not all_of_them:  # may be the one with the blobs
+                kept = letter
+                continue
+            handle = self.tasks.pop(seq, None)
+            if handle is not None:
+                handle.worker = None
+                found.append(handle)
+        if kept:
+            self._write(kept)
+        return found
+
+    def over(self, seq: int) -> TaskHandle | None:
+        """Return the task that request *seq* was for, which has ended."""
+        handle = self.tasks.pop(seq, None)
+        if self.tasks:
+            self.since = time.monotonic()
+        return handle
+
+    def close(self) -> None:
+        """Close its socket and its letter box."""
+        self.socket.close()
+        self._post.close()
+        self._box.close()
+
+    def _take(self, handle: TaskHandle) -> None:
+        self._seq += 1
+        self.tasks[self._seq] = handle
+        handle.worker = self
+
+    def _write(self, letter: bytes) -> bool:
+        try:
+            self._post.send(letter, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # as in `flush`
+        return True
 
     def send(self, frame: bytes) -> None:
         """Send as much as goes at once, keep the rest for `flush`."""

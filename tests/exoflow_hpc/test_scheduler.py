@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from exoflow_hpc import semantics
-from exoflow_hpc.scheduler import Scheduler, TaskState
+from exoflow_hpc.scheduler import _AHEAD, Scheduler, TaskState
 from exoflow_hpc.scheduler_events import (
     Cancel,
     CancelAttempt,
@@ -326,3 +326,44 @@ def test_losing_the_middle_of_a_long_chain_plans_without_recursion() -> None:
     again = semantics.must_run_again(tasks, [9_000], is_needed=lambda task: True, is_gone=lambda task: task > 10)
     assert again == list(range(11, 9_001))
     assert semantics.wanted(tasks, [9_999], {5_000}) == list(range(5_001, 10_000))
+
+
+def test_while_tasks_are_quick_some_wait_on_the_rank_for_a_worker() -> None:
+    spec = spec_of(*[{}] * 20, {"after": tuple(range(20))})
+    scheduler, out = started(spec, ranks=((0, 0, 1), (1, 0, 1)))
+    assert dispatched(out) == [0, 1]
+    assert dispatched(scheduler.handle(TaskFinished(0, 0, 0))) == [2], "not quick"
+    out = scheduler.handle(TaskFinished(1, 0, 1, quick=True))
+    assert len(dispatched(out)) == 1 + 2 * _AHEAD
+    ranks = [instruction.rank for instruction in out if isinstance(instruction, Dispatch)]
+    assert ranks.count(0) == _AHEAD and ranks.count(1) == 1 + _AHEAD
+    assert dispatched(scheduler.handle(TaskFinished(2, 0, 0))) == [], "enough wait"
+
+
+def test_what_is_returned_has_not_run_and_waits_for_a_free_worker() -> None:
+    spec = spec_of(*[{}] * 4, {"after": tuple(range(4))})
+    scheduler, out = started(spec, ranks=((0, 0, 1),))
+    assert dispatched(out) == [0]
+    assert dispatched(scheduler.handle(TaskFinished(0, 0, 0, quick=True))) == [1, 2, 3]
+    assert dispatched(scheduler.handle(TaskFailed(3, 0, "returned"))) == []
+    assert scheduler.counters.rerun == 0
+    assert dispatched(scheduler.handle(TaskFinished(1, 0, 0))) == []
+    assert dispatched(scheduler.handle(TaskFinished(2, 0, 0))) == [3]
+    assert dispatched(scheduler.handle(TaskFinished(3, 1, 0))) == [4]
+    assert scheduler.counters.rerun == 0
+
+
+@pytest.mark.parametrize("option", [{"external": True, "idempotent": True}, {"timeout": 1.0}, {"memory": 1 << 30}])
+def test_effects_and_limits_wait_for_a_free_worker(option: dict[str, Any]) -> None:
+    spec = spec_of({}, {}, option, {}, {"after": (0, 1, 2, 3)})
+    scheduler, out = started(spec, ranks=((0, 0, 1),))
+    assert dispatched(out) == [0]
+    assert dispatched(scheduler.handle(TaskFinished(0, 0, 0, quick=True))) == [1]
+    assert dispatched(scheduler.handle(TaskFinished(1, 0, 0, quick=True))) == [2, 3]
+
+
+def test_what_has_a_large_input_waits_for_a_free_worker() -> None:
+    spec = spec_of({}, {}, {"data": (0,)}, {"data": (1,)}, {"after": (2, 3)})
+    scheduler, _ = started(spec, ranks=((0, 0, 1),))
+    assert dispatched(scheduler.handle(TaskFinished(0, 0, 0, 1 << 20, quick=True))) == [1]
+    assert dispatched(scheduler.handle(TaskFinished(1, 0, 0, 8, quick=True))) == [2, 3]

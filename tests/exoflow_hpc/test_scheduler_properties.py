@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exoflow_hpc.scheduler import Scheduler
+from exoflow_hpc.scheduler import _AHEAD, Scheduler
 from exoflow_hpc.scheduler_events import (
     CancelAttempt,
     Commit,
@@ -98,6 +98,8 @@ class Cluster:
         self.happened = set(self.journal) | known_to_have_happened(self.spec.tasks, set(self.journal))
         self.known_committed = set(self.journal)
         self.had_faults = False
+        self.quick = False
+        self.returned = 0
         self.ran: dict[int, int] = {}
         self.finish: Finish | None = None
         self.scheduler = Scheduler(
@@ -156,7 +158,10 @@ class Cluster:
         assert order.rank in self.live
         if task.kind == "task":
             busy = [run for run in self.running if run.rank == order.rank and self.spec.tasks[run.task].kind == "task"]
-            assert len(busy) < SLOTS
+            if len(busy) >= SLOTS:  # ahead: only while nobody is idle
+                assert self.quick and len(busy) < SLOTS * (1 + _AHEAD)
+                held = [run.rank for run in self.running if self.spec.tasks[run.task].kind == "task"]
+                assert all(held.count(rank) >= SLOTS for rank in self.live)
         assert all(upstream in self.happened for upstream in task.after)
         assert all(upstream in self.known_committed for upstream in task.barriers)
         assert tuple(i.task for i in order.inputs) == task.data
@@ -208,6 +213,11 @@ class Cluster:
         values = run.values if run.values is not None else self.read(run.inputs)
         if run.canceled and self.rng.random() < 0.7:
             self.tell(TaskFailed(run.task, run.attempt, "canceled"))
+        elif run.values is None and self.rng.random() < 0.1 and self.spec.tasks[run.task].kind == "task":
+            self.returned += 1
+            self.ran[run.task] -= 1
+            self.quick = False
+            self.tell(TaskFailed(run.task, run.attempt, "returned"))
         elif values is None:
             gone = tuple(
                 (i.task, i.attempt)
@@ -221,7 +231,8 @@ class Cluster:
             assert value == self.truth[run.task]
             self.memory[run.task, run.attempt] = (run.rank, value)
             self.happened.add(run.task)
-            self.tell(TaskFinished(run.task, run.attempt, run.rank, self.rng.randrange(100)))
+            self.quick = self.rng.random() < 0.7
+            self.tell(TaskFinished(run.task, run.attempt, run.rank, self.rng.randrange(100), self.quick))
 
     def end_commit(self) -> None:
         task, attempt, value = self.commits.pop(self.rng.randrange(len(self.commits)))

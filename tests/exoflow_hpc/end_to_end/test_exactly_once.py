@@ -208,7 +208,7 @@ def workflow(directory):
     a = draw.bind(directory)
     b = passed_on.bind(directory, a)
     v = for_good.options(name="v").bind(directory, b)
-    return join.bind(v, gate.bind(directory, a).after(v))
+    return join.bind(v, gate.bind(directory, a).after(v.committed()))
 """,
     )
     result = resume(cli)
@@ -228,7 +228,7 @@ def lies(directory):
 def workflow(directory):
     a = lies.bind(directory)
     v = {effect}.options(name="v", checkpoint="sync").bind(directory, a)
-    return join.bind(v, gate.bind(directory, a).after(v))
+    return join.bind(v, gate.bind(directory, a).after(v.committed()))
 """
 
 

@@ -12,6 +12,7 @@ import exoflow_hpc as ef
 from exoflow_hpc import checkpoint
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import StorageError
+from exoflow_hpc.rank import agent as agent_module
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import Agent, output_id
 from exoflow_hpc.rank.loop import Loop
@@ -165,3 +166,18 @@ def test_storage_that_cannot_be_read_is_not_a_failure_of_the_task(
     (said,) = harness.said
     assert isinstance(said, ms.Failed)
     assert (said.kind, said.error[1]) == ("storage", "stale file handle")
+
+
+def test_what_waits_long_for_a_worker_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "_RETURN_AFTER", 0.0)
+    harness = Harness(tmp_path)
+    handles = [Mock(), Mock(), Mock(), Mock()]
+    harness.pool.submit.side_effect = handles
+    harness.pool.withdraw.side_effect = lambda handle: handle is handles[3]  # the others have begun
+    harness.said.clear()
+    for attempt in range(4):
+        harness.agent.handle(3, ms.Run(1, 0, attempt, 0, False, []))
+    assert harness.loop.run_until(lambda: harness.pool.withdraw.call_count >= 4, 10)
+    (said,) = harness.said
+    assert isinstance(said, ms.Failed)
+    assert (said.kind, said.attempt) == ("returned", 3)

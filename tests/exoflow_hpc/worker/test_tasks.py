@@ -274,8 +274,8 @@ def test_worker_is_clean(pool: WorkerPool, tools: Any) -> None:
 
     assert value(tools.call(pool, task)) == {
         "mpi": False,
-        "sockets": 1,
-        "descriptors": 1,
+        "sockets": 2,  # its connection and its letter box
+        "descriptors": 2,
         "threads": 1,
         "blocked": set(),
         "chld": True,
