@@ -253,10 +253,10 @@ def unique_names(order: Iterable[StepNode]) -> list[str]:
     for position, node in enumerate(nodes):
         if names[position] is not None:
             continue
-        name = node.name
+        own = name = node.name
         while name in taken:
-            following[node.name] = following.get(node.name, 0) + 1
-            name = f"{node.name}_{following[node.name]}"
+            following[own] = following.get(own, 0) + 1
+            name = f"{own}_{following[own]}"
         taken.add(name)
         names[position] = name
     return [name for name in names if name is not None]

@@ -109,6 +109,8 @@ def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | No
     """Return how the last run that came to an end ended; None if one was started after it, or none has ended."""
     end: records.WorkflowFinished | None = None
     for wire in history:
+        if wire.get("type") == records.TaskCommitted.type:
+            continue  # nearly all of them are
         record = records.decode(wire)
         if isinstance(record, records.WorkflowFinished):
             end = record
