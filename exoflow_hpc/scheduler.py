@@ -41,7 +41,7 @@ from .scheduler_events import (
     TaskFinished,
     Voided,
 )
-from .semantics import plan
+from .semantics import is_worth_writing, plan
 from .settings import Settings
 from .spec import WorkflowSpec
 from .task_table import Held, TaskState, TaskTable
@@ -225,6 +225,11 @@ class Scheduler:
             if held is None or held.attempt != attempt:  # late, not just said twice
                 self.released(task, attempt)
             return
+        spec = self.spec.tasks[task]
+        if spec.checkpoint == "auto" and event.nbytes > INLINE_LIMIT:
+            consumers = self._table.consumers(task)
+            if not is_worth_writing(spec, event.seconds, event.write_seconds, consumers):
+                self._table.let_off(task)
         incarnation = self._ranks.incarnation(event.rank)
         self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
         if task in self._table.due:

@@ -107,6 +107,9 @@ class TaskFinished:
     attempt: int
     rank: int
     nbytes: int = 0
+    #: that the attempt took, and that its output would take to be made durable
+    seconds: float = 0.0
+    write_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

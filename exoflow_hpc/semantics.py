@@ -20,6 +20,7 @@ __all__ = [
     "descendants",
     "gates",
     "is_irrevocable",
+    "is_worth_writing",
     "known_to_have_happened",
     "must_run_again",
     "plan",
@@ -264,6 +265,21 @@ def _is_cut_off(
                 return False
             pending.append(index)
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoint="auto"
+#: a checkpoint may take this many times as long as what it saves has taken: it is written beside other work, and only once
+_MOST_WRITING = 10.0
+
+
+def is_worth_writing(task: TaskSpec, seconds: float, write_seconds: float, consumers: int) -> bool:
+    """Return whether the output of a task with ``checkpoint="auto"`` should be committed.
+
+    seconds: that the task has taken; write_seconds: that its output will take; consumers: tasks that wait for it, and would
+    wait again if it was lost. What varies counts twice: if it is lost, all that was computed from it is lost as well (R5).
+    """
+    saved = seconds * max(1, consumers) * (1 if task.deterministic else 2)
+    return write_seconds <= _MOST_WRITING * saved
 
 
 def _is_promised(tasks: Sequence[TaskSpec], output: int, index: int) -> bool:

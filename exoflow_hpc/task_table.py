@@ -86,6 +86,8 @@ class TaskTable:
         self.wanted: tuple[int, ...] = ()
         #: those of `wanted` that are to be committed, by their options or by the rules (R3)
         self.promised: set[int] = set()
+        #: those of `promised` that are committed whatever it costs
+        self._forced: set[int] = set()
         #: those of `promised` that are not committed yet; the run is over when it is empty
         self.due: set[int] = set()
         #: for pending tasks: data dependencies that are not usable
@@ -109,11 +111,13 @@ class TaskTable:
         self.wanted = plan.wanted
         for index in plan.happened:
             self.happened[index] = True
-        forced = set().union(*plan.gates.values()) if plan.gates else set()
+        waited_for = {barrier for index in self.wanted for barrier in self.tasks[index].barriers}
+        self._forced = waited_for.union({self.output}, *plan.gates.values())
         for index in self.wanted:
             task = self.tasks[index]
-            undone = index in plan.undo  # it must come again, so its end must be known for good
-            if task.checkpoint != "skip" or index == self.output or index in forced or undone:
+            if index in plan.undo:  # it must come again, so its end must be known for good
+                self._forced.add(index)
+            if task.checkpoint != "skip" or index in self._forced:
                 self.promised.add(index)
             for upstream in task.data:
                 self._consumers[upstream].append(index)
@@ -150,11 +154,22 @@ class TaskTable:
 
     def await_commit(self, task: int, upstream: int) -> None:
         """A RUNNING task, which was not sent anywhere, waits until the output of *upstream* is committed."""
+        self._forced.add(upstream)
         self.promised.add(upstream)
         self.due.add(upstream)
         self._barred[upstream].append(task)
         self.blocked[task] += 1
         self.state[task] = TaskState.WAITING
+
+    def let_off(self, task: int) -> None:
+        """The output need not be committed, unless the rules or another task ask for it."""
+        if task not in self._forced:
+            self.promised.discard(task)
+            self.due.discard(task)
+
+    def consumers(self, task: int) -> int:
+        """Return how many wanted tasks take the output."""
+        return len(self._consumers[task])
 
     def finish(self, task: int, held: Held) -> None:
         """The output of a RUNNING task is in memory."""
@@ -347,6 +362,7 @@ class TaskTable:
         if was_committed:
             self._block(self._barred[task])
         if task in self._effects:  # undone, it has to come again
+            self._forced.add(task)
             self.promised.add(task)
         if task in self.promised:
             self.due.add(task)

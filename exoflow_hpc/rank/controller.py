@@ -28,6 +28,7 @@ from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
+from exoflow_hpc.rank.writes import Writes
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.semantics import descendants
 from exoflow_hpc.settings import Settings
@@ -102,6 +103,7 @@ class Controller:
             seed=self._run,
         )
         self._outputs: dict[int, Output] = {}
+        self._writes = Writes()
         #: task → (attempt, rank) of a write that was asked for and not answered
         self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
@@ -253,7 +255,8 @@ class Controller:
             return
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
-        self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes))
+        write_seconds = self._writes.seconds(message.nbytes)
+        self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes, message.seconds, write_seconds))
 
     def _failed(self, message: ms.Failed) -> None:
         failure = Failure.from_wire(message.error)
@@ -274,6 +277,7 @@ class Controller:
     def _written(self, message: ms.Written) -> None:
         if self._writing.get(message.task, (-1, -1))[0] == message.attempt:
             del self._writing[message.task]
+            self._writes.ended(message.task, message.nbytes)
         place = records.InCheckpoint(message.file, message.entry)
         self._commit(message.task, message.attempt, place, message.checksum, message.nbytes, message.meta)
 
@@ -452,6 +456,7 @@ class Controller:
         # the rank that has the bytes, or, if it is gone, any other: it gets them first
         rank = output.rank if output.rank in self._agents else min(self._agents)
         self._writing[task] = (attempt, rank)
+        self._writes.began(task)
         self._send(rank, ms.Write(self._epoch, task, attempt))
 
     def _commit(

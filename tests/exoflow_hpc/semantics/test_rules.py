@@ -29,7 +29,7 @@ from exoflow_hpc.scheduler_events import (
     Void,
     Voided,
 )
-from exoflow_hpc.semantics import Plan, gates, plan
+from exoflow_hpc.semantics import Plan, gates, is_worth_writing, plan
 
 from .world import SETTINGS, make_spec
 
@@ -229,3 +229,44 @@ def test_a_caught_failure_has_no_effect() -> None:
     assert scheduler.handle(TaskFailed(0, 0, "crash", "gone")) == [Rollback(0, 1, 0)]
     assert scheduler.handle(RolledBack(0, 1)) == [Catch(0, 1, "gone")]
     assert scheduler.handle(TaskCaught(0, 1, 0, 1)) == [Commit(0, 1)]
+
+
+# -- checkpoint="auto" --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("seconds", "write_seconds", "consumers", "varies", "worth"),
+    [
+        (1.0, 10.0, 1, False, True),
+        (1.0, 10.1, 1, False, False),
+        (1.0, 10.1, 2, False, True),
+        (1.0, 10.1, 1, True, True),
+        (1.0, 10.0, 0, False, True),
+        (0.0, 0.1, 3, True, False),
+    ],
+)
+def test_what_is_worth_writing(seconds: float, write_seconds: float, consumers: int, varies: bool, worth: bool) -> None:
+    task = make_spec([{"deterministic": not varies, "checkpoint": "auto"}]).tasks[0]
+    assert is_worth_writing(task, seconds, write_seconds, consumers) is worth
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "seconds", "committed"), [(1, 0.0, True), (1 << 20, 0.0, False), (1 << 20, 1.0, True)]
+)
+def test_auto_commits_what_is_small_or_took_long(nbytes: int, seconds: float, committed: bool) -> None:
+    scheduler, _ = started([{"checkpoint": "auto"}, {"data": (0,), "checkpoint": "auto"}])
+    out = scheduler.handle(TaskFinished(0, 0, 0, nbytes, seconds, 1.0))
+    assert (Commit(0, 0) in out) is committed
+    assert [what.task for what in out if isinstance(what, Dispatch)] == [1]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"checkpoint": "auto"}],
+        [{"checkpoint": "auto"}, {"barriers": (0,)}],
+        [{"checkpoint": "auto", **VARIES}, {"data": (0,), **FOR_GOOD}],
+    ],
+)
+def test_auto_commits_what_somebody_waits_for(rows: list[dict[str, Any]]) -> None:
+    """The workflow's output, what another task waits for the commit of, and what the rules ask for."""
+    scheduler, _ = started(rows)
+    assert Commit(0, 0) in scheduler.handle(TaskFinished(0, 0, 0, 1 << 20, 0.0, 1.0))

@@ -6,7 +6,7 @@ The values of tasks that vary are never the same twice, so whoever sees two of o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +118,8 @@ class Attempt:
 class World:
     """One workflow, from epoch to epoch.
 
-    choose: returns one of the actions it is given; facts: what there is already; ranks: number of ranks, slots of each.
+    choose: returns one of the actions it is given; facts: what there is already; ranks: number of ranks, slots of each; large:
+    tasks whose outputs are.
     """
 
     def __init__(
@@ -128,12 +129,14 @@ class World:
         facts: Facts | None = None,
         ranks: int = 1,
         slots: int = 4,
+        large: Collection[int] = (),
     ) -> None:
         self.spec = spec
         self.choose = choose
         self.facts = facts or Facts()
         self.ranks = ranks
         self.slots = slots
+        self.large = large
         self.incarnations = [0] * ranks
         #: what may still be at work after a crash
         self.ghosts: list[Attempt] = []
@@ -315,7 +318,9 @@ class World:
             self.facts.nonce += 1
             nonce = self.facts.nonce
         self.memory[run.task, run.attempt] = (run.rank, (run.task, nonce, run.values))
-        self.tell(TaskFinished(run.task, run.attempt, run.rank, 1))
+        # a large output of a task with "auto" that took no time is not worth a write that does
+        nbytes = 1 << 20 if run.task in self.large else 1
+        self.tell(TaskFinished(run.task, run.attempt, run.rank, nbytes, 0.0, float(run.attempt % 2)))
 
     def end_commit(self, commit: tuple[int, int, Value]) -> None:
         self.commits.remove(commit)
