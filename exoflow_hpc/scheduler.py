@@ -98,6 +98,8 @@ class Scheduler:
             self._attempt[task] = attempt
         #: task → attempt for each `Commit` without an answer
         self._committing: dict[int, int] = {}
+        #: the same, also where nobody waits for the answer any more, since the output is lost: it may get through all the same
+        self._asked: dict[int, int] = {}
         self._commit_failures: dict[int, int] = {}
         self._failures: dict[int, int] = {}
         self._losses: dict[int, int] = {}
@@ -164,6 +166,10 @@ class Scheduler:
     def state(self, task: int) -> TaskState:
         """Return where *task* stands."""
         return self._table.state[task]
+
+    def is_current(self, task: int, attempt: int) -> bool:
+        """Whether the result of *attempt* would be taken."""
+        return self._is_current(task, attempt)
 
     def attempt(self, task: int) -> int:
         """Return the number of the latest attempt of *task*, -1 if there was none."""
@@ -263,6 +269,8 @@ class Scheduler:
     def _on_committed(self, event: TaskCommitted) -> None:
         task = event.task
         self._check_attempt(task, event.attempt)
+        if self._asked.get(task) == event.attempt:
+            del self._asked[task]
         if self._undoing.is_void(task, event.attempt):
             return
         self._committing.pop(task, None)
@@ -275,6 +283,8 @@ class Scheduler:
 
     def _on_commit_failed(self, event: CommitFailed) -> None:
         task = event.task
+        if self._asked.get(task) == event.attempt:
+            del self._asked[task]
         if self._committing.get(task) != event.attempt:
             return
         del self._committing[task]
@@ -352,7 +362,7 @@ class Scheduler:
         self._undoing.give_up(task, self._attempt[task])
         if running:
             self._cancel_attempt(task)
-        if self._committing.pop(task, None) is not None or committed:
+        if self._forget_commit(task) or committed:
             self._out.append(self._undoing.void(task))
         if task in self._undoing.effects:
             if not self.spec.tasks[task].rollback:
@@ -360,9 +370,17 @@ class Scheduler:
                 self._refuse(above[0], task)
             self._undoing.undo([task])
 
-    def repeated(self, task: int) -> None:
-        if not self.spec.tasks[task].idempotent:
+    def redone(self, task: int) -> None:
+        self._undoing.give_up(task, self._attempt[task])
+        if self._forget_commit(task):
+            self._out.append(self._undoing.void(task))
+        if task in self._undoing.effects and not self.spec.tasks[task].idempotent:
             self._undoing.undo([task])
+
+    def _forget_commit(self, task: int) -> bool:
+        """Whether a commit of the task is under way, that must not count any more."""
+        self._committing.pop(task, None)
+        return self._asked.pop(task, None) is not None
 
     def held_back(self, tasks: Iterable[int]) -> None:
         self._undoing.hold(tasks)
@@ -380,7 +398,7 @@ class Scheduler:
     def _commit(self, task: int) -> None:
         held = self._table.held[task]
         assert held is not None, "what is due is not released, and what is lost is not being committed"
-        self._committing[task] = held.attempt
+        self._committing[task] = self._asked[task] = held.attempt
         self._out.append(Commit(task, held.attempt))
 
     def _lose(self, outputs: Iterable[tuple[int, int]]) -> None:

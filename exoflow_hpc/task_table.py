@@ -54,8 +54,8 @@ class TableListener(Protocol):
     def voided(self, task: int, running: bool, committed: bool) -> None:
         """What was computed from a lost value is void; running: while its latest attempt was; committed: the journal names it."""
 
-    def repeated(self, task: int) -> None:
-        """An external task that was started has to run again, though what it was given stands."""
+    def redone(self, task: int) -> None:
+        """What the task made, or did outside, will be another one: nothing that is still on its way may count."""
 
     def held_back(self, tasks: Iterable[int]) -> None:
         """Tasks must not start before all that is void is undone; `TaskTable.let_go` ends that, once for each."""
@@ -145,7 +145,8 @@ class TaskTable:
     def requeue(self, task: int) -> None:
         """A RUNNING task has to run again, and so has any input lost while it ran."""
         self.state[task] = TaskState.WAITING
-        self._repeat([task])
+        if task in self._effects:
+            self._redo((task,))
         self.missing[task] = self._count_missing(task)
         self._make_ready(task)
         spec = self.tasks[task]
@@ -299,7 +300,7 @@ class TaskTable:
 
     # ------------------------------------------------------------------------------------------ what runs again (R5, R6)
     def _run_again(self, lost: Iterable[int]) -> None:
-        seeds, void, sources = list(lost), set[int](), list[int]()
+        seeds, void = list(lost), set[int]()
         while True:
             again = must_run_again(self.tasks, seeds, self._is_needed, self._is_gone)
             sources = [index for index in again if index in self._varying]
@@ -313,21 +314,25 @@ class TaskTable:
                 if self.state[index] is TaskState.RUNNING:
                     seeds.extend(self.tasks[index].data)
                 self._void(index)
+        for index in stale:
+            if index not in void:  # all that is left of it is perhaps on its way into the journal
+                self._listener.redone(index)
         if void:
             self.hold_back({*sources, *(index for index in void if index in self._effects)})
-        self._repeat([index for index in again if index not in void])
+        self._redo([index for index in again if index not in void])
         self._await_inputs(again)
         for index in void:
             if self.state[index] is TaskState.WAITING and index not in again:  # it was RUNNING, or about to run again
                 self.missing[index] = self._count_missing(index)
                 self._make_ready(index)
 
-    def _repeat(self, tasks: Iterable[int]) -> None:
+    def _redo(self, tasks: Iterable[int]) -> None:
         """What had been started outside must not start again before that is over, and undone where it isn't harmless."""
         for index in tasks:
             if index in self._effects:
                 self.hold_back((index,))
-                self._listener.repeated(index)
+            if index in self._effects or index in self._varying:
+                self._listener.redone(index)
 
     def _is_needed(self, task: int) -> bool:
         # a RUNNING consumer may have read the lost output already; if not it comes back with "lost-input"

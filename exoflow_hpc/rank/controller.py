@@ -110,6 +110,8 @@ class Controller:
         self._agents: dict[int, int] = {}
         #: (task, attempt) → rank, of what was dispatched and not answered
         self._running: dict[tuple[int, int], int] = {}
+        #: those of them that wait for the record of their start
+        self._starting: set[tuple[int, int]] = set()
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
         self.outcome: Outcome | None = None
@@ -251,7 +253,8 @@ class Controller:
             return
         known = self._outputs.get(task)
         output = Output(message.attempt, Meta.from_wire(message.meta), message.data, rank)
-        if output.data is not None and self._deviates(task, serialize.checksum(output.meta, output.data)):
+        taken = output.data is not None and self._scheduler.is_current(task, message.attempt)
+        if taken and self._deviates(task, serialize.checksum(output.meta, output.data)):
             return
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
@@ -354,7 +357,7 @@ class Controller:
                 case ev.Release():
                     self._release(what)
                 case ev.CancelAttempt():
-                    self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
+                    self._cancel_attempt(what)
                 case ev.Void():
                     self._void_consumer(what.task)
                 case ev.Rollback():
@@ -384,16 +387,29 @@ class Controller:
     def _start_effect(self, what: ev.Dispatch, message: ms.Run) -> None:
         """Dispatch an external task, once the journal durably says so, and the epoch is still ours after that (R10a)."""
         inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
+        self._starting.add((what.task, what.attempt))
         record = self._effects.started(
             what.task, what.attempt, what.rank, self._leases.processes.get(what.rank, {}), inputs
         )
 
         def durable() -> None:
             fault.point("controller.started")
+            if (what.task, what.attempt) not in self._starting:
+                return  # canceled meanwhile
+            self._starting.discard((what.task, what.attempt))
             if self._running.get((what.task, what.attempt)) == what.rank and self.outcome is None:
                 self._send(what.rank, message)
 
         self._append(record, durable)
+
+    def _cancel_attempt(self, what: ev.CancelAttempt) -> None:
+        which = (what.task, what.attempt)
+        if which in self._starting:  # it is nowhere yet
+            self._starting.discard(which)
+            self._running.pop(which, None)
+            self._loop.post(lambda: self._handle(ev.TaskFailed(what.task, what.attempt, "canceled")))
+        else:
+            self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
 
     def _kept(self, one: ev.Input) -> list[Any]:
         """Return where an input is for good: what a rollback will be given."""

@@ -47,7 +47,7 @@ def hit(world: World, rng: random.Random) -> None:
     if fault == 0:
         world.crash(ghosts=rng.random() < 0.5)
     elif fault == 1 and world.live:
-        world.kill_rank(rng.choice(list(world.live)), certain=rng.random() < 0.5)
+        world.kill_rank(rng.choice(list(world.live)), certain=rng.random() < 0.5, late=rng.random() < 0.5)
     elif fault == 2 and world.commits:
         world.fail_commit(rng.choice(world.commits))
     elif fault == 3:

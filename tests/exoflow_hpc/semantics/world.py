@@ -258,7 +258,8 @@ class World:
             if not run.ghost and (run.acted or not external or run.canceled):
                 found.append(lambda run=run: self.end(run))
         for commit in self.commits:
-            found.append(lambda commit=commit: self.end_commit(commit))
+            if commit[0] not in self.voiding:  # the journal keeps their order
+                found.append(lambda commit=commit: self.end_commit(commit))
         for task in self.voiding:
             found.append(lambda task=task: self.end_void(task))
         for event in self.undelivered:
@@ -345,11 +346,12 @@ class World:
         self.tell(AttemptsOver(tuple((run.task, run.attempt) for run in over)))
 
     # --------------------------------------------------------------------------------------------------------- faults
-    def kill_rank(self, rank: int, certain: bool) -> None:
+    def kill_rank(self, rank: int, certain: bool, late: bool = False) -> None:
+        """late: what it was writing gets through."""
         incarnation = self.live.pop(rank)
         lost = tuple(key for key, (where, _) in self.memory.items() if where == rank)
         self.memory = {key: kept for key, kept in self.memory.items() if kept[0] != rank}
-        self.commits = [commit for commit in self.commits if commit[:2] not in lost]
+        self.commits = [commit for commit in self.commits if late or commit[:2] not in lost]
         there = [run for run in self.running if run.rank == rank and not run.ghost]
         self.running = [run for run in self.running if run not in there]
         self.undelivered.append(ObjectsLost(lost))
