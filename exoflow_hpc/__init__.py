@@ -28,6 +28,7 @@ from exoflow_hpc.api import (
     resume_all,
     run,
     run_async,
+    verify,
 )
 from exoflow_hpc.context import TaskContext, context
 from exoflow_hpc.dag import BadWorkflowError, InputNode, reduce, task
@@ -82,4 +83,5 @@ __all__ = [
     "run",
     "run_async",
     "task",
+    "verify",
 ]

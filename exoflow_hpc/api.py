@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import history, journal, local, records, summary
+from exoflow_hpc import history, journal, local, records, summary, verification
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import (
@@ -47,6 +47,7 @@ __all__ = [
     "run",
     "run_async",
     "submit",
+    "verify",
 ]
 
 #: of this process, if it is a rank: opened by the first run, closed at exit
@@ -270,6 +271,14 @@ def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.Pa
         None if record is None else record.nbytes,
         where,
     )
+
+
+def verify(workflow_id: str, storage: str | os.PathLike[str] | None = None) -> list[verification.Finding]:
+    """Check every checksum of a workflow and return what is damaged, each with file, task and entry; blocks on storage.
+
+    Changes nothing; may be called while the workflow runs. WorkflowNotFoundError, StorageError.
+    """
+    return verification.examine(Storage.locate(storage, create=False), workflow_id).findings
 
 
 def list_all(status: str | None = None, storage: str | os.PathLike[str] | None = None) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
-from exoflow_hpc.errors import CanceledError, ExoFlowError
+from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
 from exoflow_hpc.spec import WorkflowSpec
 
 __all__ = [
@@ -17,8 +17,10 @@ __all__ = [
     "check_output",
     "committed_tasks",
     "error_of",
+    "expired_tasks",
     "last_end",
     "load_output",
+    "standing_outputs",
     "status_of",
     "voided_tasks",
 ]
@@ -39,31 +41,44 @@ class Status:
 
 def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, records.TaskCommitted]:
     """Return index of task → its record. The first record of a task counts, as consumers may have seen that output, unless it is void."""
-    return _standing(spec, history)[0]
+    return {spec.index(name): record for name, record in standing_outputs(history).items()}
 
 
 def voided_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, str]:
-    """Return index of task → checksum of its last output, for tasks that were committed and are not any more."""
-    return _standing(spec, history)[1]
+    """Return index of task → checksum of its last output, for tasks that were committed and are not any more: void or expired."""
+    return {spec.index(name): record.checksum for name, record in _tally(history)[1].items()}
 
 
-def _standing(
-    spec: WorkflowSpec, history: Iterable[dict[str, Any]]
-) -> tuple[dict[int, records.TaskCommitted], dict[int, str]]:
-    committed: dict[int, records.TaskCommitted] = {}
-    voided: dict[int, str] = {}
+def expired_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> set[int]:
+    """Return the tasks that were committed and whose outputs retention has removed since."""
+    return {spec.index(name) for name in _tally(history)[2]}
+
+
+def standing_outputs(history: Iterable[dict[str, Any]]) -> dict[str, records.TaskCommitted]:
+    """Return name of task → its record: the same as `committed_tasks`, without a spec."""
+    return _tally(history)[0]
+
+
+def _tally(
+    history: Iterable[dict[str, Any]],
+) -> tuple[dict[str, records.TaskCommitted], dict[str, records.TaskCommitted], set[str]]:
+    """Return, by name of task, the records that count, the last ones of those that don't any more, and who is expired."""
+    committed: dict[str, records.TaskCommitted] = {}
+    gone: dict[str, records.TaskCommitted] = {}
+    expired: set[str] = set()
     for wire in history:
         record = records.decode(wire)
         if isinstance(record, records.TaskCommitted):
-            task = spec.index(record.task_id)
-            committed.setdefault(task, record)
-            voided.pop(task, None)
-        elif isinstance(record, records.TaskVoided):
-            task = spec.index(record.task_id)
-            known = committed.pop(task, None)
+            committed.setdefault(record.task_id, record)
+            gone.pop(record.task_id, None)
+            expired.discard(record.task_id)
+        elif isinstance(record, (records.TaskVoided, records.TaskExpired)):
+            known = committed.pop(record.task_id, None)
             if known is not None:
-                voided[task] = known.checksum
-    return committed, voided
+                gone[record.task_id] = known
+                if isinstance(record, records.TaskExpired):
+                    expired.add(record.task_id)
+    return committed, gone, expired
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:
@@ -92,9 +107,18 @@ def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.H
 
 
 def check_output(workflow_dir: Path, record: records.TaskCommitted) -> None:
-    """Raise CorruptCheckpointError if a committed output is not what was written. Runs no user code."""
-    if isinstance(record.location, records.InCheckpoint):
-        checkpoint.read(workflow_dir, record.location.file, record.location.entry, record.checksum)
+    """Raise CorruptCheckpointError if a committed output is not what was written. Runs no user code. StorageError."""
+    place = record.location
+    if isinstance(place, records.InCheckpoint):
+        checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
+        return
+    from hoplite_mpi.meta import Meta
+
+    found = serialize.checksum(Meta.from_wire(record.meta), place.data)
+    if found != record.checksum:
+        raise CorruptCheckpointError(
+            f"the output of task {record.task_id} in the journal has the checksum {found}, not {record.checksum}"
+        )
 
 
 def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:

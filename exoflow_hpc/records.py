@@ -15,6 +15,7 @@ __all__ = [
     "Location",
     "Record",
     "TaskCommitted",
+    "TaskExpired",
     "TaskFailed",
     "TaskStarted",
     "TaskVoided",
@@ -109,6 +110,15 @@ class TaskVoided:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskExpired:
+    """The committed output of *attempt* was removed by retention: nobody needs it, and it can be computed again."""
+
+    type: ClassVar[str] = "task_expired"
+    task_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFailed:
     """A task failed for good. *error* is the pickled exception, *message* its text."""
 
@@ -130,10 +140,11 @@ class WorkflowFinished:
     error: bytes = b""
 
 
-Record = WorkflowStarted | TaskStarted | TaskCommitted | TaskVoided | TaskFailed | WorkflowFinished
+Record = WorkflowStarted | TaskStarted | TaskCommitted | TaskVoided | TaskExpired | TaskFailed | WorkflowFinished
 
 _TYPES: dict[str, Any] = {
-    kind.type: kind for kind in (WorkflowStarted, TaskStarted, TaskCommitted, TaskVoided, TaskFailed, WorkflowFinished)
+    kind.type: kind
+    for kind in (WorkflowStarted, TaskStarted, TaskCommitted, TaskVoided, TaskExpired, TaskFailed, WorkflowFinished)
 }
 
 

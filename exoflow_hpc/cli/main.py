@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from exoflow_hpc import exitcodes
 from exoflow_hpc._version import __version__
-from exoflow_hpc.cli import query, run
+from exoflow_hpc.cli import care, query, run
 from exoflow_hpc.cli.interrupt import Interrupted, interruptible
 from exoflow_hpc.cli.streams import put, repair
 from exoflow_hpc.errors import ExoFlowError, TaskError
@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("task", metavar="TASK", nargs="?")
     command("cancel", query.cancel, "stop a workflow for good").add_argument("id", metavar="ID")
     command("delete", query.delete, "delete a workflow with all it has stored").add_argument("id", metavar="ID")
+    one = command(
+        "verify", care.check, "check everything that is stored of a workflow; exit code 1 if any of it is damaged"
+    )
+    one.add_argument("id", metavar="ID")
     return parser
 
 

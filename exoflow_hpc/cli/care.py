@@ -1,0 +1,34 @@
+"""Commands that look after a storage: is all of it as it was written, and what of it does nobody need?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from exoflow_hpc import exitcodes, verification
+from exoflow_hpc.cli.streams import put
+from exoflow_hpc.storage import Storage
+
+__all__ = ["check"]
+
+
+def check(options: Any) -> int:
+    """Print what is damaged of a workflow; the exit code is 1 if anything is."""
+    report = verification.examine(Storage.locate(options.storage, create=False), options.id)
+    for finding in report.findings:
+        put(finding.problem if finding.task is None else f"task {finding.task}: {finding.problem}")
+    for tail in report.torn:
+        put(
+            f"note: {tail.file} ends with {tail.nbytes} bytes that are no record, at {tail.offset}: never acknowledged, or damaged"
+        )
+    if options.json:
+        found = [dataclasses.asdict(finding) for finding in report.findings]
+        wire = dataclasses.asdict(report) | {"workflow_id": options.id, "ok": not found, "findings": found}
+        put(json.dumps(wire))
+    else:
+        put(
+            f"{options.id}: {report.journal_files} journal files and {report.outputs} outputs of {report.nbytes:,} bytes checked, "
+            f"{len(report.findings) or 'nothing'} damaged"
+        )
+    return exitcodes.FAILED if report.findings else exitcodes.SUCCESSFUL
