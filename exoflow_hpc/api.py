@@ -252,19 +252,21 @@ def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.Pa
     spec = WorkflowSpec.from_bytes(place.spec(workflow_id))
     status, past = history.status_of(directory)
     committed = history.committed_tasks(spec, past.records)
-    whole = Metadata(workflow_id, status, len(spec.tasks), len(committed), past.epoch)
+    expired = history.expired_tasks(spec, past.records)
+    done = len(committed) + len(expired)
+    whole = Metadata(workflow_id, status, len(spec.tasks), done, past.epoch)
     if task is None:
         return whole
     index = spec.index(task)
     record = committed.get(index)
-    where = None
+    where = "removed by retention" if index in expired else None
     if record is not None:
         where = "journal" if isinstance(record.location, records.Inline) else record.location.file
     return Metadata(
         workflow_id,
         status,
         len(spec.tasks),
-        len(committed),
+        done,
         past.epoch,
         task,
         spec.tasks[index].checkpoint,

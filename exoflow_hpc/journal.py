@@ -57,16 +57,16 @@ class History:
     seals: list[list[Any]] = field(default_factory=list)
 
 
-def read(workflow_dir: str | os.PathLike[str]) -> History:
+def read(workflow_dir: str | os.PathLike[str], *, durably: bool = False) -> History:
     """Return what is committed, without taking an epoch or disturbing a controller at work; blocks on storage.
 
-    CorruptJournalError, StorageError.
+    *durably*: what is returned survives a power cut. CorruptJournalError, StorageError.
     """
     directory = Path(workflow_dir) / "journal"
     with storage_errors("read the journal in", directory):
         for _ in range(10):
             epochs = list_epochs(directory)
-            history = _read(directory, epochs)
+            history = _read(directory, epochs, durably=durably)
             if list_epochs(directory) == epochs:  # else a new controller may just have sealed less than we accepted
                 break
     return history
@@ -213,16 +213,16 @@ class Journal:
         self._thread = threading.Thread(target=self._commit_forever, name=f"journal-{epoch}", daemon=True)
 
     @classmethod
-    def open(cls, workflow_dir: str | os.PathLike[str]) -> tuple[Journal, History]:
+    def open(cls, workflow_dir: str | os.PathLike[str], after: int | None = None) -> tuple[Journal, History]:
         """Take the next epoch and return its journal with all that is committed; blocks on storage.
 
-        From here on every older epoch gets FencedError. FencedError: a yet newer one has come already.
-        CorruptJournalError, StorageError.
+        From here on every older epoch gets FencedError. FencedError: a yet newer one has come already, or one newer
+        than *after*. CorruptJournalError, StorageError.
         """
         workflow_dir = Path(workflow_dir)
         directory = workflow_dir / "journal"
         with storage_errors("take over the journal in", directory):
-            epoch, fd = take_epoch(directory)
+            epoch, fd = take_epoch(directory, after)
             try:
                 fault.point("journal.epoch_created")
                 append_fence(workflow_dir / "FENCE", epoch)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Settings", "storage_directory"]
+__all__ = ["RETENTIONS", "Settings", "storage_directory"]
+
+RETENTIONS = ("all", "needed")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,16 @@ class Settings:
     shared_constant_size: int = 64 * 1024
     #: seconds between two progress reports of a task; those in between are dropped
     progress_interval: float = 0.2
+    #: what `gc` leaves of a workflow that has succeeded: ``"all"`` outputs of its tasks, or those that are ``"needed"``:
+    #: its own output, and what could not be computed again as it was
+    retention: str = "all"
 
     def __post_init__(self) -> None:
+        if self.retention not in RETENTIONS:
+            raise ValueError(f"Settings.retention = {self.retention!r} has to be {' or '.join(map(repr, RETENTIONS))}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < 0:
+            if not isinstance(value, str) and value < 0:
                 raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more")
 
     @classmethod

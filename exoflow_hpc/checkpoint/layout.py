@@ -21,12 +21,14 @@ import numpy as np
 from exoflow_hpc import serialize
 from hoplite_mpi.meta import Meta
 
-__all__ = ["Region", "Stored", "create_file", "define", "find", "label", "open_file"]
+__all__ = ["Region", "Stored", "create_file", "define", "find", "label", "linked_files", "open_file"]
 
 #: the version-3 superblock and version-2 object headers carry checksums, so a flipped bit in HDF5's own bytes is an
 #: error and not a guess
 _VERSIONS = ("v110", "v110")
 _TASK, _META, _CHECKSUM, _FORMAT = "exoflow_task", "exoflow_meta", "exoflow_checksum", "exoflow_format"
+#: attribute of a file that links to others: their names, as JSON
+_LINKS = "exoflow_links"
 #: HDF5 allows no more dimensions
 _MAX_RANK = 32
 
@@ -108,6 +110,11 @@ def find(file: h5py.File, entry: str) -> Stored:
     if (regions[-1].start + regions[-1].nbytes if regions else 0) != meta.nbytes:
         raise ValueError(f"the datasets of entry {entry!r} don't add up to its {meta.nbytes} bytes")
     return Stored(_text(item, _TASK), meta, _text(item, _CHECKSUM), regions)
+
+
+def linked_files(file: h5py.File) -> list[str]:
+    """Return the names of the files that *file* links to."""
+    return json.loads(_text(file, _LINKS)) if _LINKS in file.attrs else []
 
 
 def _container_parts(group: h5py.Group) -> list[h5py.Dataset]:

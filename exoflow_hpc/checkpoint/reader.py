@@ -15,7 +15,7 @@ from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import CorruptCheckpointError, StorageError
 from hoplite_mpi.meta import Meta
 
-__all__ = ["entries", "orphans", "read", "read_into"]
+__all__ = ["entries", "links", "orphans", "read", "read_into"]
 
 _NAME = re.compile(r"(?:\.tmp-)?(\d+)-\d+\.\d+-\d+\.h5")
 #: what h5py raises for a damaged file, besides OSError
@@ -68,6 +68,13 @@ def entries(workflow_dir: str | os.PathLike[str], file: str) -> list[str]:
     path = Path(workflow_dir) / "checkpoints" / file
     with _damage(path, None), layout.open_file(str(path)) as opened:
         return sorted(opened)
+
+
+def links(workflow_dir: str | os.PathLike[str], file: str) -> list[str]:
+    """Return the names of the files that a file's entries have bytes in, besides itself. CorruptCheckpointError, StorageError."""
+    path = Path(workflow_dir) / "checkpoints" / file
+    with _damage(path, None), layout.open_file(str(path)) as opened:
+        return layout.linked_files(opened)
 
 
 def orphans(

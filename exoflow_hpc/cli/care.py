@@ -6,11 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
-from exoflow_hpc import exitcodes, verification
+from exoflow_hpc import exitcodes, garbage, verification
 from exoflow_hpc.cli.streams import put
+from exoflow_hpc.settings import Settings
 from exoflow_hpc.storage import Storage
 
-__all__ = ["check"]
+__all__ = ["check", "collect"]
 
 
 def check(options: Any) -> int:
@@ -32,3 +33,19 @@ def check(options: Any) -> int:
             f"{len(report.findings) or 'nothing'} damaged"
         )
     return exitcodes.FAILED if report.findings else exitcodes.SUCCESSFUL
+
+
+def collect(options: Any) -> int:
+    """Free what nobody needs; the exit code is 1 if a workflow had to be left as it is."""
+    freed = garbage.collect(
+        Storage.locate(options.storage, create=False), options.retention or Settings.from_environment().retention
+    )
+    for workflow_id, why in freed.skipped:
+        put(f"{workflow_id}: left as it is: {why}")
+    for workflow_id, task in freed.expired:
+        put(f"{workflow_id}: the output of task {task} was removed by retention")
+    if options.json:
+        put(json.dumps(dataclasses.asdict(freed)))
+    else:
+        put(f"freed {freed.nbytes:,} bytes in {freed.files} files")
+    return exitcodes.FAILED if freed.skipped else exitcodes.SUCCESSFUL

@@ -17,7 +17,7 @@ from exoflow_hpc.cli.interrupt import Interrupted, interruptible
 from exoflow_hpc.cli.streams import put, repair
 from exoflow_hpc.errors import ExoFlowError, TaskError
 from exoflow_hpc.local import is_other_rank
-from exoflow_hpc.settings import Settings
+from exoflow_hpc.settings import RETENTIONS, Settings
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.launch import LaunchError
@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         "verify", care.check, "check everything that is stored of a workflow; exit code 1 if any of it is damaged"
     )
     one.add_argument("id", metavar="ID")
+    one = command("gc", care.collect, "free what nobody needs: leftovers of kills, and files that no record names")
+    one.add_argument(
+        "--retention",
+        choices=RETENTIONS,
+        help="outputs to leave of workflows that have succeeded (default: EXOFLOW_RETENTION, else all)",
+    )
     return parser
 
 
