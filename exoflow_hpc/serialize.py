@@ -10,19 +10,20 @@ each aligned to 64 bytes::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pickle
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgpack
 import numpy as np
 
+from exoflow_hpc import checksums
 from exoflow_hpc.pickling import dumps
 from hoplite_mpi.meta import Meta
 
-__all__ = ["Part", "Plan", "checksum", "pack", "parts", "unpack"]
+__all__ = ["Part", "Plan", "begin_checksum", "checksum", "pack", "parts", "pieces", "unpack"]
 
 _MAGIC = b"EXOVAL\x00\x01"
 _HEAD = struct.Struct("<8sIIQ")
@@ -166,11 +167,31 @@ def unpack(meta: Meta, buffer: Any) -> Any:
     return pickle.loads(chunks[0], buffers=chunks[1:])
 
 
-def checksum(meta: Meta, buffer: Any) -> str:
-    """Return blake2b-16 of *meta* and the bytes of *buffer*, in hex. Lets other threads run meanwhile."""
-    digest = hashlib.blake2b(msgpack.packb(meta.to_wire()), digest_size=16)
-    digest.update(memoryview(buffer))
-    return digest.hexdigest()
+def checksum(meta: Meta, buffer: Any, like: str = "") -> str:
+    """Return the checksum of *meta* and the bytes of *buffer*, see `exoflow_hpc.checksums`. Lets other threads run meanwhile.
+
+    like: an earlier one, which says by its form how it was made.
+    """
+    view = memoryview(buffer)
+    wire = msgpack.packb(meta.to_wire())
+    if view.nbytes <= checksums.LEAF or (like and not like.startswith(checksums.TREE)):
+        return checksums.linear(wire, view)
+    view = view.cast("B")
+    return checksums.tree(wire, view, [(part.offset, part.nbytes) for part in pieces(meta, view)])
+
+
+def begin_checksum(meta: Meta, view: memoryview, pool: Executor) -> checksums.Tree | Future[str]:
+    """Have *pool* compute the checksum; a `Tree`, for each of the `pieces`, if the output is a large one."""
+    wire = msgpack.packb(meta.to_wire())
+    if view.nbytes <= checksums.LEAF:
+        return pool.submit(checksums.linear, wire, view)
+    return checksums.Tree(wire, view, [(part.offset, part.nbytes) for part in pieces(meta, view)], pool)
+
+
+def pieces(meta: Meta, view: memoryview) -> list[Part]:
+    """Return the parts of any output: those of a container, else all of it as one without a name."""
+    found = None if meta.kind == "ndarray" else parts(view)
+    return [Part("", 0, meta.nbytes)] if found is None else found
 
 
 def _explain(value: Any, error: BaseException) -> str:

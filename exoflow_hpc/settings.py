@@ -31,6 +31,8 @@ class Settings:
     #: what `gc` leaves of a workflow that has succeeded: ``"all"`` outputs of its tasks, or those that are ``"needed"``:
     #: its own output, and what could not be computed again as it was
     retention: str = "all"
+    #: bytes from which arrays of a checkpoint go by direct I/O, past the page cache, where the file system can; 0: none
+    direct_io: int = 64 << 20
 
     def __post_init__(self) -> None:
         if self.retention not in RETENTIONS:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from exoflow_hpc.checkpoint.group import Item, UncleanError, write_group
+from exoflow_hpc.checkpoint.known import Known
 from exoflow_hpc.checkpoint.wire import Channel
 from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import StorageError
+from exoflow_hpc.settings import Settings
 from hoplite_mpi.meta import Meta
 
 __all__ = ["main"]
@@ -33,6 +35,8 @@ class _Writer:
         #: <rank>.<incarnation>, part of the files' names
         self._name = name
         self._next = first
+        self._known = Known()
+        self._direct_from = Settings.from_environment().direct_io
         self._arrived = threading.Condition()
         self._queue: deque[tuple[dict[str, Any], int | None]] = deque()
 
@@ -93,7 +97,7 @@ class _Writer:
         try:
             name = self._new_name(directory, where[1])
             with storage_errors("write checkpoint", directory / name):
-                written = write_group(directory, name, items)
+                written = write_group(directory, name, items, self._known, self._direct_from)
         except StorageError as error:
             unclean = isinstance(error.__cause__, UncleanError)
             if len(items) > 1 and not unclean:
