@@ -64,16 +64,22 @@ def temporary_name(name: str) -> str:
 
 
 def write_group(
-    directory: Path, name: str, items: list[Item], known: Known | None = None, direct_from: int = 0
+    directory: Path,
+    name: str,
+    items: list[Item],
+    known: Known | None = None,
+    direct_from: int = 0,
+    mapped: contextlib.ExitStack | None = None,
 ) -> list[Written]:
     """Write *items* to the new file *name* in *directory*; durable on return. No file is made if all are in *known* files.
 
     known: what this process has written, which this call adds to. direct_from: bytes from which arrays go by direct I/O; 0:
-    none. OSError: nothing is left behind; UncleanError: nothing either, but see there.
+    none. mapped: closing it lets go of the sources; None: that is done here, but for 1 GiB it takes another 40 ms.
+    OSError: nothing is left behind; UncleanError: nothing either, but see there.
     """
     fault.point("checkpoint.before_write")
     with contextlib.ExitStack() as stack:
-        views = [stack.enter_context(item.view()) for item in items]
+        views = [(stack if mapped is None else mapped).enter_context(item.view()) for item in items]
         # the checksums are computed while the disk is at work
         pool = stack.enter_context(_pool())
         group = _Group(directory, name, Known(0) if known is None else known, direct_from)
