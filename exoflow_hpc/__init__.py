@@ -24,6 +24,7 @@ from exoflow_hpc.api import (
     get_output,
     get_status,
     list_all,
+    read_global,
     resume,
     resume_all,
     run,
@@ -49,6 +50,7 @@ from exoflow_hpc.errors import (
     WorkflowExistsError,
     WorkflowNotFoundError,
 )
+from exoflow_hpc.shards import Shard
 
 __all__ = [
     "BadWorkflowError",
@@ -62,6 +64,7 @@ __all__ = [
     "InvalidWorkflowIdError",
     "JournalBrokenError",
     "NondeterminismError",
+    "Shard",
     "StorageError",
     "TaskContext",
     "TaskCrashedError",
@@ -77,6 +80,7 @@ __all__ = [
     "get_output",
     "get_status",
     "list_all",
+    "read_global",
     "reduce",
     "resume",
     "resume_all",

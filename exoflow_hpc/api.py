@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import history, journal, local, records, summary, verification
+from exoflow_hpc import global_array, history, journal, local, records, summary, verification
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import (
@@ -42,6 +42,7 @@ __all__ = [
     "get_status",
     "list_all",
     "new_id",
+    "read_global",
     "resume",
     "resume_all",
     "run",
@@ -243,6 +244,16 @@ def get_output(workflow_id: str, task: str | None = None, storage: str | os.Path
     WorkflowNotFoundError; ExoFlowError if it isn't committed; CorruptCheckpointError.
     """
     return summary.output_value(Storage.locate(storage, create=False), workflow_id, task)
+
+
+def read_global(
+    workflow_id: str, name: str = "array", storage: str | os.PathLike[str] | None = None
+) -> global_array.GlobalArray:
+    """Return a global array of the committed `Shard` outputs of that name, to be indexed for its parts; reads none yet.
+
+    WorkflowNotFoundError; ExoFlowError if there is none, or its blocks don't fit together.
+    """
+    return global_array.find(Storage.locate(storage, create=False).directory(workflow_id), name)
 
 
 def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.PathLike[str] | None = None) -> Metadata:

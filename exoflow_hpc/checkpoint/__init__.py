@@ -8,7 +8,18 @@ file needs.
 from __future__ import annotations
 
 from exoflow_hpc.checkpoint.client import WriterClient
-from exoflow_hpc.checkpoint.reader import entries, links, orphans, read, read_into
+from exoflow_hpc.checkpoint.reader import entries, links, orphans, read, read_into, shard_info
 from exoflow_hpc.checkpoint.wire import FileSource, WriteRequest, Written
 
-__all__ = ["FileSource", "WriteRequest", "WriterClient", "Written", "entries", "links", "orphans", "read", "read_into"]
+__all__ = [
+    "FileSource",
+    "WriteRequest",
+    "WriterClient",
+    "Written",
+    "entries",
+    "links",
+    "orphans",
+    "read",
+    "read_into",
+    "shard_info",
+]

@@ -18,6 +18,7 @@ from exoflow_hpc.checkpoint.sink import Sink
 from exoflow_hpc.checkpoint.wire import Written
 from exoflow_hpc.checksums import THREADS, Tree
 from exoflow_hpc.durable import fsync_directory
+from exoflow_hpc.shards import ShardInfo
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.testing import fault
 
@@ -84,7 +85,7 @@ def write_group(
         pool = stack.enter_context(_pool())
         group = _Group(directory, name, Known(0) if known is None else known, direct_from)
         jobs = [
-            _Job(item, view, serialize.begin_checksum(item.meta, view, pool))
+            _Job(item, view, serialize.begin_checksum(item.meta, view, pool), serialize.shard_info(item.meta, view))
             for item, view in zip(items, views, strict=True)
         ]
         written = [group.same(job) for job in jobs]
@@ -107,11 +108,14 @@ class _Job:
     item: Item
     view: memoryview
     checksum: Tree | Future[str]
+    shard: ShardInfo | None
     #: parts that were written, with their places: they may be linked to from now on
     datasets: list[tuple[int, layout.Link]] = field(default_factory=list)
 
     def kind(self, part: serialize.Part) -> str:
         """Return what another dataset has to be like to stand for this one: buffers of containers are all alike."""
+        if self.shard is not None:
+            return f"block {self.shard.dtype!r} {self.shard.block}"
         return "buffer" if part.name else json.dumps(self.item.meta.to_wire())
 
 
@@ -177,7 +181,7 @@ class _Group:
     def _place(self, file: layout.h5py.File, sink: Sink, job: _Job) -> str:
         """Write the bytes of an output, or link to those that are the same; return the name of its entry."""
         parts = serialize.pieces(job.item.meta, job.view)
-        entry = layout.define(file, job.item.entry, job.item.meta, parts)
+        entry = layout.define(file, job.item.entry, job.item.meta, parts, job.shard)
         for index, part in enumerate(parts):
             link = self._find(job, index, part) if part.name.startswith("buffer") else None
             region = entry.place(part, link)

@@ -4,7 +4,7 @@ An array is the contiguous dataset ``/<entry>``, with its own type and shape whe
 as uint8. A container (see `exoflow_hpc.serialize`) is the group ``/<entry>`` with a uint8 dataset for each of its
 parts: header, pickle, buffer_0, ... Task, meta and checksum are attributes of the dataset or group. A buffer that is the
 same as one of an earlier file is an external link to that: a tool that can't follow it says so, where a virtual dataset
-would read as zeros.
+would read as zeros. The block of a shard is a dataset of its own type and shape, too, so that a virtual dataset can map it.
 
 HDF5 only lays the file out. The data are written to and read from the datasets' places in the file directly: without
 h5py's lock, without conversion (padding and NaN payloads stay what they are), and with plain errors when the disk is
@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from exoflow_hpc import serialize
+from exoflow_hpc.shards import ShardInfo
 from hoplite_mpi.meta import Meta
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "create_file",
     "define",
     "find",
+    "has_type",
     "label",
     "linked_files",
     "note_links",
@@ -103,38 +105,43 @@ def open_file(path: str) -> h5py.File:
     return h5py.File(path, "r", libver=_VERSIONS, locking=False)
 
 
-def define(file: h5py.File, entry: str, meta: Meta, parts: Sequence[serialize.Part]) -> Entry:
-    """Reserve room in *file* for an output that consists of *parts*, those of them that are links being somewhere else."""
+def define(
+    file: h5py.File, entry: str, meta: Meta, parts: Sequence[serialize.Part], shard: ShardInfo | None = None
+) -> Entry:
+    """Begin an entry of *file* for an output that consists of *parts*."""
     name = base = entry.replace("/", ":").replace("\0", "?").strip(".") or "entry"
     number = 1
     while name in file:
         number += 1
         name = f"{base}~{number}"
-    return Entry(file, name, meta, parts)
+    return Entry(file, name, meta, parts, shard)
 
 
 class Entry:
     """An output that is being laid out; call `place` for each of its parts, in order."""
 
-    def __init__(self, file: h5py.File, name: str, meta: Meta, parts: Sequence[serialize.Part]) -> None:
+    def __init__(
+        self, file: h5py.File, name: str, meta: Meta, parts: Sequence[serialize.Part], shard: ShardInfo | None
+    ) -> None:
         self.name = name
         self._meta = meta
         self._file = file
         #: None: the output is one dataset
         self._group = file.create_group(name) if parts[0].name else None
+        self._shard = shard
 
     def place(self, part: serialize.Part, link: Link | None = None) -> Region | None:
         """Return where the bytes of a part are to go; None with *link*, where they are already."""
         if self._group is None:
-            exact = None
-            if self._meta.dtype is not None and len(self._meta.shape) <= _MAX_RANK:
-                exact = _hdf5_type(self._meta.dtype)
-            shape = (self._meta.nbytes,) if exact is None else self._meta.shape
-            return _dataset(self._file, self.name, exact or _UINT8, shape, 0, part.nbytes)
+            kind, shape = _type_of(self._meta.dtype, self._meta.shape, part.nbytes)
+            return _dataset(self._file, self.name, kind, shape, 0, part.nbytes)
         if link is not None:
             self._group[part.name] = h5py.ExternalLink(link.file, link.path)
             return None
-        return _dataset(self._group, part.name, _UINT8, (part.nbytes,), part.offset, part.nbytes)
+        kind, shape = _UINT8, (part.nbytes,)
+        if self._shard is not None and part.name == "buffer_0":
+            kind, shape = _type_of(self._shard.dtype, self._shard.block, part.nbytes)
+        return _dataset(self._group, part.name, kind, shape, part.offset, part.nbytes)
 
     def path(self, part: serialize.Part) -> str:
         """Return the path of a part's dataset in the file."""
@@ -214,6 +221,11 @@ def _region(dataset: h5py.Dataset, start: int) -> Region:
 _UINT8 = h5py.h5t.py_create(np.dtype(np.uint8))
 
 
+def has_type(dtype: np.dtype[Any]) -> bool:
+    """Whether arrays of that type are datasets of their own type."""
+    return _hdf5_type(dtype) is not None
+
+
 def _hdf5_type(dtype: np.dtype[Any]) -> Any:
     """Return the HDF5 type whose bytes are exactly those of *dtype*, or None."""
     try:
@@ -222,6 +234,12 @@ def _hdf5_type(dtype: np.dtype[Any]) -> Any:
     except (TypeError, ValueError):
         return None
     return kind if exact else None
+
+
+def _type_of(dtype: np.dtype[Any] | None, shape: tuple[int, ...], nbytes: int) -> tuple[Any, tuple[int, ...]]:
+    """Return type and shape of the dataset of an array; those of its bytes where HDF5 has no such type."""
+    exact = None if dtype is None or len(shape) > _MAX_RANK else _hdf5_type(dtype)
+    return (_UINT8, (nbytes,)) if exact is None else (exact, shape)
 
 
 def _dataset(where: Any, name: str, kind: Any, shape: tuple[int, ...], start: int, nbytes: int) -> Region:

@@ -13,9 +13,10 @@ from exoflow_hpc import serialize
 from exoflow_hpc.checkpoint import layout
 from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import CorruptCheckpointError, StorageError
+from exoflow_hpc.shards import ShardInfo
 from hoplite_mpi.meta import Meta
 
-__all__ = ["entries", "links", "orphans", "read", "read_into"]
+__all__ = ["entries", "links", "orphans", "read", "read_into", "shard_info"]
 
 _NAME = re.compile(r"(?:\.tmp-)?(\d+)-\d+\.\d+-\d+\.h5")
 #: what h5py raises for a damaged file, besides OSError
@@ -69,6 +70,19 @@ def entries(workflow_dir: str | os.PathLike[str], file: str) -> list[str]:
     path = Path(workflow_dir) / "checkpoints" / file
     with _damage(path, None), layout.open_file(str(path)) as opened:
         return sorted(opened)
+
+
+def shard_info(workflow_dir: str | os.PathLike[str], file: str, entry: str) -> ShardInfo | None:
+    """Return what an entry says of itself if it is a `Shard`, else None; reads no more than that. Errors as `read`, unchecked."""
+    with _opened(workflow_dir, file, entry) as (files, stored):
+        if stored.meta.kind == "ndarray" or len(stored.regions) != 3:
+            return None
+        head = bytearray(stored.regions[2].start)
+        for region in stored.regions[:2]:
+            os.preadv(
+                files.fd(region.file), [memoryview(head)[region.start : region.start + region.nbytes]], region.position
+            )
+        return serialize.shard_info(stored.meta, head)
 
 
 def links(workflow_dir: str | os.PathLike[str], file: str) -> list[str]:

@@ -6,12 +6,24 @@ import dataclasses
 import json
 from typing import Any
 
-from exoflow_hpc import exitcodes, garbage, verification
+from exoflow_hpc import api, exitcodes, garbage, verification
 from exoflow_hpc.cli.streams import put
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.storage import Storage
 
-__all__ = ["check", "collect"]
+__all__ = ["array", "check", "collect"]
+
+
+def array(options: Any) -> int:
+    """Write the file that has a global array as one dataset, and print its path."""
+    found = api.read_global(options.id, options.name, options.storage)
+    path = found.to_hdf5()
+    if options.json:
+        wire = {"name": found.name, "shape": found.shape, "dtype": str(found.dtype), "file": str(path)}
+        put(json.dumps({"workflow_id": options.id, **wire}))
+    else:
+        put(f"{path}: dataset {found.name!r} of shape {found.shape}, {found.dtype}")
+    return exitcodes.SUCCESSFUL
 
 
 def check(options: Any) -> int:

@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify", care.check, "check everything that is stored of a workflow; exit code 1 if any of it is damaged"
     )
     one.add_argument("id", metavar="ID")
+    one = command("array", care.array, "write a file in which a global array of a workflow is one dataset")
+    one.add_argument("id", metavar="ID")
+    one.add_argument("name", metavar="NAME", nargs="?", default="array")
     one = command("gc", care.collect, "free what nobody needs: leftovers of kills, and files that no record names")
     one.add_argument(
         "--retention",
