@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,10 @@ class Stamp:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+#: directory, epoch, type and bytes
+_Like = tuple[str, str, str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Dataset:
     link: Link
@@ -53,8 +57,10 @@ class Known:
 
     def __init__(self, limit: int = _LIMIT) -> None:
         self._limit = limit
-        #: (directory, epoch, type) and bytes → datasets, the newest last; the outer order is that of use
-        self._found: OrderedDict[tuple[str, str, str, int], list[_Dataset]] = OrderedDict()
+        #: what they are like and the digest of their first leaf → datasets; the newest are the last, within a list too
+        self._found: OrderedDict[tuple[_Like, bytes], list[_Dataset]] = OrderedDict()
+        #: how many there are that are like this
+        self._counts: Counter[_Like] = Counter()
         self._count = 0
 
     def find(self, directory: Path, epoch: str, kind: str, nbytes: int, tree: Tree, part: int) -> Link | None:
@@ -62,27 +68,34 @@ class Known:
 
         Waits for the checksum only while what it has seen is the same as one that is known: mostly that is one leaf.
         """
-        known = self._found.get((str(directory), epoch, kind, nbytes), [])
-        known = [one for one in known if Stamp.of(directory / one.link.file) == one.stamp]
-        if not known:
+        like = (str(directory), epoch, kind, nbytes)
+        if not self._counts[like]:
             return None
-        for index, leaf in enumerate(tree.leaves(part)):
+        leaves = tree.leaves(part)
+        known = self._found.get((like, next(leaves)), [])
+        for index, leaf in enumerate(leaves, 1):
             known = [one for one in known if one.leaves[index] == leaf]
             if not known:
                 return None
-        return known[-1].link
+        known = [one for one in known if Stamp.of(directory / one.link.file) == one.stamp]
+        return known[-1].link if known else None
 
     def add(
         self, directory: Path, epoch: str, kind: str, nbytes: int, tree: Tree, part: int, link: Link, stamp: Stamp
     ) -> None:
         """Remember a dataset that is durable now."""
-        key = (str(directory), epoch, kind, nbytes)
-        self._found.setdefault(key, []).append(_Dataset(link, stamp, tuple(tree.leaves(part))))
-        self._found.move_to_end(key)
+        like = (str(directory), epoch, kind, nbytes)
+        leaves = tuple(tree.leaves(part))
+        self._found.setdefault((like, leaves[0]), []).append(_Dataset(link, stamp, leaves))
+        self._found.move_to_end((like, leaves[0]))
+        self._counts[like] += 1
         self._count += 1
         while self._count > self._limit:
             oldest = next(iter(self._found))
             del self._found[oldest][0]
-            self._count -= 1
             if not self._found[oldest]:
                 del self._found[oldest]
+            self._counts[oldest[0]] -= 1
+            self._count -= 1
+            if not self._counts[oldest[0]]:
+                del self._counts[oldest[0]]
