@@ -134,24 +134,31 @@ def _garbage(
     directory: Path, listed: Collection[Path], keep: Iterable[records.TaskCommitted], before: int
 ) -> list[Path]:
     """Return those of the *listed* files of epochs older than *before* that nothing of *keep* needs."""
-    needed = _with_links(directory, (_file(one) for one in keep))
-    return [path for path in checkpoint.orphans(directory, needed, before) if path in listed]
+    named = {file for one in keep if (file := _file(one)) is not None}
+    found = [path for path in checkpoint.orphans(directory, named, before) if path in listed]
+    # links stay within an epoch, so most files need not be opened
+    epochs = {_epoch(path.name) for path in found}
+    needed = _with_links(directory, (name for name in named if _epoch(name) in epochs))
+    return [path for path in found if path.name not in needed]
+
+
+def _epoch(name: str) -> str:
+    return name.removeprefix(".tmp-").partition("-")[0]
 
 
 def _file(record: records.TaskCommitted) -> str | None:
     return record.location.file if isinstance(record.location, records.InCheckpoint) else None
 
 
-def _with_links(directory: Path, files: Iterable[str | None]) -> set[str]:
+def _with_links(directory: Path, files: Iterable[str]) -> set[str]:
     """Return *files* and all that they link to; where that can't be read, all of the same epoch."""
     found: set[str] = set()
-    for name in {name for name in files if name is not None}:
+    for name in set(files):
         found.add(name)
         try:
             found.update(checkpoint.links(directory, name))
         except CorruptCheckpointError:
-            epoch = name.partition("-")[0]
-            found.update(path.name for path in checkpoint.orphans(directory, ()) if path.name.startswith(f"{epoch}-"))
+            found.update(path.name for path in checkpoint.orphans(directory, ()) if _epoch(path.name) == _epoch(name))
     return found
 
 
@@ -173,5 +180,5 @@ def _expirable(
             needed.append(one)
     if spec.output not in {spec.index(one.task_id) for one in needed}:
         return []
-    kept = _with_links(directory, (_file(one) for one in needed))
+    kept = _with_links(directory, (file for one in needed if (file := _file(one)) is not None))
     return [one for one in standing if (file := _file(one)) is not None and file not in kept]

@@ -16,7 +16,7 @@ import exoflow_hpc as ef
 from exoflow_hpc import checkpoint, serialize
 from exoflow_hpc.checkpoint import Written
 from exoflow_hpc.checkpoint.group import Item, write_group
-from exoflow_hpc.checkpoint.known import Known
+from exoflow_hpc.checkpoint.known import Known, Stamp
 from exoflow_hpc.checksums import LEAF
 from exoflow_hpc.errors import CorruptCheckpointError
 from exoflow_hpc.garbage import collect
@@ -159,6 +159,15 @@ def test_what_is_remembered_is_bounded(writer: Writer) -> None:
     assert writer.one(np.full(LEAF, 4.0)).entry == "e0"
 
 
+def test_long_loop_looks_only_at_what_begins_alike(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    true = Stamp.of
+    monkeypatch.setattr(Stamp, "of", lambda path: looked.append(path) or true(path))
+    for number in range(30):
+        writer.one(np.full(LEAF, float(number)))
+    assert len(looked) == 30, "each at its own file, when that is durable"
+
+
 def test_any_hdf5_tool_reads_linked_buffers(writer: Writer) -> None:
     writer.one(state(1))
     second = writer.one(state(2, p3=-1.0))
@@ -231,7 +240,7 @@ import sys, numpy as np
 from pathlib import Path
 from exoflow_hpc import serialize
 from exoflow_hpc.checkpoint.group import Item, write_group
-from exoflow_hpc.checkpoint.known import Known
+from exoflow_hpc.checkpoint.known import Known, Stamp
 known = Known()
 for number in range(4):
     state = {f"p{n}": np.full(40_000, float(n)) for n in range(10)} | {"p3": np.full(40_000, 100.0 + number)}
