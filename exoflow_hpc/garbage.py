@@ -171,14 +171,13 @@ def _expirable(
 ) -> list[records.TaskCommitted]:
     """Return the records whose outputs retention removes. CorruptCheckpointError if the workflow's own output is damaged."""
     spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-    needed = []
-    for one in standing:
-        task = spec.tasks[spec.index(one.task_id)]
-        if task.index == spec.output:
-            history.check_output(directory, one)  # else it would be needed again what it is computed from
-        if task.index == spec.output or task.external or not task.deterministic:
-            needed.append(one)
-    if spec.output not in {spec.index(one.task_id) for one in needed}:
-        return []
+    tasks = [(one, spec.tasks[spec.index(one.task_id)]) for one in standing]
+    needed = [one for one, task in tasks if task.index == spec.output or task.external or not task.deterministic]
     kept = _with_links(directory, (file for one in needed if (file := _file(one)) is not None))
-    return [one for one in standing if (file := _file(one)) is not None and file not in kept]
+    found = [one for one in standing if (file := _file(one)) is not None and file not in kept]
+    output = next((one for one, task in tasks if task.index == spec.output), None)
+    if output is None:
+        return []
+    if found:
+        history.check_output(directory, output)  # else what it is computed from would be needed again
+    return found

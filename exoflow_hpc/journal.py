@@ -7,6 +7,7 @@ appends later does not exist. This module doesn't know what the records mean: se
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -290,6 +291,9 @@ class Journal:
             self._thread.join()
         with self._wakeup:
             if self._fd >= 0:
+                if self._error is None:  # what was reserved ahead is given back
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._fd, self._size)
                 os.close(self._fd)
                 self._fd = -1
 

@@ -119,6 +119,15 @@ def test_last_epoch_of_a_workflow_that_has_ended(finished: Stored) -> None:
     assert journal.read(finished.directory).epoch == 2, "nothing to free: no epoch is taken"
 
 
+def test_it_takes_less_room_afterwards(finished: Stored) -> None:
+    """The epoch that it takes is a small file: what the journal reserves ahead is given back."""
+    finished.file(1, a=array(9))
+    before = sum(path.stat().st_blocks for path in finished.directory.rglob("*"))
+    assert collect(finished.storage).nbytes > 16_000
+    assert sum(path.stat().st_blocks for path in finished.directory.rglob("*")) < before
+    assert ef.verify("w", storage=finished.storage.path) == []
+
+
 def test_workflow_that_is_started_in_that_moment(finished: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its controller has taken an epoch after the collector looked: the collector leaves it alone."""
     finished.file(1, a=array(9))
