@@ -142,7 +142,7 @@ class Bench:
             "np.save + fsync": lambda: with_numpy(path, self.array),
             "checkpoint": lambda: ours(buffered, self.array, 0),
             "checkpoint, direct I/O": lambda: ours(direct, self.array, 0),
-            "checkpoint, direct I/O, memory not aligned": lambda: ours(direct, shifted, 64),
+            "checkpoint, buffer of a container": lambda: ours(direct, shifted, 64),
             "its checksum alone": lambda: print("", end=serialize.checksum(serialize.pack(self.array).meta, view)[:0]),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -21,14 +18,12 @@ __all__ = ["Sink"]
 _DIRECT_CHUNK = 64 << 20
 #: bytes of one buffered write, after which the device is told to begin with them
 _CHUNK = 16 << 20
-#: bytes that are copied at a time where memory isn't aligned as direct I/O needs it
-_BOUNCE = 8 << 20
 #: what a file system says that has no direct I/O, or not as we do it
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class Sink:
-    """A file being written. Runs of at least *direct_from* bytes (0: none) go by direct I/O where the file system has it."""
+    """A file being written. Arrays of at least *direct_from* bytes (0: none) go by direct I/O where the file system has it."""
 
     def __init__(self, path: Path, direct_from: int) -> None:
         self._path = path
@@ -50,7 +45,9 @@ class Sink:
     def write(self, view: memoryview, position: int) -> None:
         """Write all of *view* at *position*, which has been reserved in the file. OSError."""
         done = 0
-        if self._direct_from and len(view) >= self._direct_from and position % ALIGNMENT == 0:
+        # Memory that isn't aligned, as buffers of containers aren't, would have to be copied first: with the write-back
+        # begun early, the page cache is faster than that.
+        if 0 < self._direct_from <= len(view) and position % ALIGNMENT == 0 and _is_aligned(view):
             done = self._write_direct(view[: len(view) // ALIGNMENT * ALIGNMENT], position)
         while done < len(view):
             part = view[done : done + _CHUNK]
@@ -81,7 +78,8 @@ class Sink:
         if self._direct < 0:
             return 0
         done = 0
-        for part in self._aligned(view):
+        while done < len(view):
+            part = view[done : done + _DIRECT_CHUNK]
             try:
                 count = os.pwrite(self._direct, part, position + done)
             except OSError as error:
@@ -93,24 +91,6 @@ class Sink:
                 break
         return done
 
-    def _aligned(self, view: memoryview) -> Iterator[memoryview]:
-        """Give *view* piece by piece in memory that is aligned as direct I/O needs it: its own if that is, else copies."""
-        source = np.frombuffer(view, np.uint8)
-        if source.ctypes.data % ALIGNMENT == 0:
-            for start in range(0, len(view), _DIRECT_CHUNK):
-                yield view[start : start + _DIRECT_CHUNK]
-            return
-        copies = [np.frombuffer(mmap.mmap(-1, _BOUNCE), np.uint8) for _ in range(2)]
 
-        def copy(number: int) -> memoryview:
-            part = source[number * _BOUNCE : (number + 1) * _BOUNCE]
-            target = copies[number % 2][: len(part)]
-            np.copyto(target, part)  # lets the write go on meanwhile
-            return target.data
-
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(copy, 0)
-            for number in range(-(-len(view) // _BOUNCE)):
-                part = coming.result()
-                coming = pool.submit(copy, number + 1)
-                yield part
+def _is_aligned(view: memoryview) -> bool:
+    return bool(np.frombuffer(view, np.uint8).ctypes.data % ALIGNMENT == 0)

@@ -73,7 +73,7 @@ def test_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int, of
     writes = Writes(monkeypatch)
     assert written(tmp_path / "x", memory(offset, nbytes)) == DATA[:nbytes]
     if has_direct_io(tmp_path):
-        assert writes.total(True) == (nbytes // 4096 * 4096 if nbytes >= MIB else 0)
+        assert writes.total(True) == (nbytes // 4096 * 4096 if nbytes >= MIB and not offset else 0)
     assert writes.total(True) + writes.total(False) == nbytes
 
 
@@ -109,10 +109,9 @@ def test_file_system_that_refuses_to_open(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "x").read_bytes() == DATA[: 3 * MIB] + DATA[: 2 * MIB]
 
 
-@pytest.mark.parametrize("offset", [0, 64])
-def test_short_direct_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+def test_short_direct_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = Writes(monkeypatch, short=True)
-    assert written(tmp_path / "x", memory(offset, 18 * MIB)) == DATA[: 18 * MIB]
+    assert written(tmp_path / "x", memory(0, 18 * MIB)) == DATA[: 18 * MIB]
     assert writes.total(False) > 0
 
 
@@ -124,7 +123,7 @@ def test_full_disk_is_an_error_and_no_fallback(tmp_path: Path, monkeypatch: pyte
         written(tmp_path / "x", memory(0, 3 * MIB))
 
 
-@pytest.mark.parametrize("shift", [0, 64])
+@pytest.mark.parametrize("shift", [0, 64, 4096])
 def test_checkpoint_by_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """An array and a container, from a source as the store has it: what is read is what was given."""
     (tmp_path / "checkpoints").mkdir()
@@ -143,7 +142,7 @@ def test_checkpoint_by_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert item.fd is not None
             os.close(item.fd)
     if has_direct_io(tmp_path):
-        assert writes.total(True) > 11 * MIB
+        assert (writes.total(True) >= 5 * MIB) == (shift % 4096 == 0)
     for plan, one in zip(plans, results, strict=True):
         assert one.checksum == serialize.checksum(plan.meta, plan.to_bytes())
         assert checkpoint.read(tmp_path, one.file, one.entry, one.checksum)[1] == plan.to_bytes()
