@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,16 @@ from exoflow_hpc.errors import (
     StorageError,
     WorkflowNotFoundError,
 )
+from exoflow_hpc.global_array import TEMPORARY
 from exoflow_hpc.history import Status
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
 from hoplite_mpi.testing import fault
 
 __all__ = ["Freed", "collect"]
+
+#: seconds after which a file that takes less than a second to write is nobody's any more
+_ABANDONED = 3600.0
 
 
 @dataclass
@@ -77,6 +82,7 @@ def collect(storage: Storage, retention: str = "all") -> Freed:
 
 
 def _collect(storage: Storage, workflow_id: str, directory: Path, retention: str, freed: Freed) -> None:
+    _free_abandoned(directory, freed)
     listed = checkpoint.orphans(directory, ())
     past = journal.read(directory, durably=True)
     sealed = _sealed(past)
@@ -128,6 +134,17 @@ def _free(
             os.unlink(path)
             freed.files += 1
             freed.nbytes += size
+
+
+def _free_abandoned(directory: Path, freed: Freed) -> None:
+    """Remove what a killed `array` command left; one that is still at it would only have to be called again."""
+    for path in (directory / "checkpoints").glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            if time.time() - found.st_mtime > _ABANDONED:
+                path.unlink()
+                freed.files += 1
+                freed.nbytes += found.st_size
 
 
 def _garbage(

@@ -20,8 +20,12 @@ from exoflow_hpc.durable import fsync_directory, storage_errors
 from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError
 from exoflow_hpc.shards import ShardInfo
 from hoplite_mpi.meta import Meta
+from hoplite_mpi.testing import fault
 
-__all__ = ["GlobalArray", "find"]
+__all__ = ["TEMPORARY", "GlobalArray", "find"]
+
+#: begin of the names of files that are being written; `gc` removes what a kill leaves
+TEMPORARY = ".tmp-array-"
 
 _LOG = logging.getLogger("exoflow_hpc")
 
@@ -102,7 +106,7 @@ class GlobalArray:
         if not has_type(self.dtype):
             raise ExoFlowError(f"global array {self.name!r}: HDF5 has no type for {self.dtype}, read it by read_global")
         path = self._directory / "checkpoints" / f"array-{self.name}.h5"
-        temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+        temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
         try:
             with storage_errors("write", path):
                 with h5py.File(temporary, "x", libver=("v110", "v110"), locking=False) as file:
@@ -112,6 +116,7 @@ class GlobalArray:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
+                fault.point("array.before_rename")
                 os.rename(temporary, path)
                 fsync_directory(path.parent)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from exoflow_hpc.cli.main import main
 from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError
 from exoflow_hpc.garbage import collect
 from exoflow_hpc.journal import Journal
+from tests.exoflow_hpc.durability import run_until_killed
 from tests.exoflow_hpc.stored import Stored, flip
 
 WHOLE = np.arange(60 * 40, dtype=np.float64).reshape(60, 40)
@@ -189,6 +191,20 @@ def test_command_and_gc(stored: Stored, capsys: pytest.CaptureFixture[str]) -> N
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.partition("DATA {")[2].split()[:4] == ["269,", "270,", "309,", "310"]
+
+
+def test_kill_while_the_file_is_written(stored: Stored) -> None:
+    """The file that was there is still whole, and what is left is removed once nobody can be at it."""
+    path = read(stored).to_hdf5()
+    code = "import sys, exoflow_hpc as ef; ef.read_global('w', storage=sys.argv[1]).to_hdf5()"
+    run_until_killed(code, stored.storage.path, fault="array.before_rename=kill")
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["array"][()], WHOLE)
+    (left,) = stored.checkpoints.glob(".tmp-array-*")
+    assert collect(stored.storage).files == 0
+    os.utime(left, (0, 0))
+    assert collect(stored.storage).files == 1
+    assert path.exists()
 
 
 def test_what_hdf5_has_no_type_for_is_still_read(tmp_path: Path) -> None:
