@@ -16,6 +16,7 @@ __all__ = [
     "Record",
     "TaskCommitted",
     "TaskDeviated",
+    "TaskExpired",
     "TaskFailed",
     "TaskRolledBack",
     "TaskStarted",
@@ -140,6 +141,15 @@ class TaskVoided:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskExpired:
+    """The committed output of *attempt* was removed by retention: nobody needs it, and it can be computed again."""
+
+    type: ClassVar[str] = "task_expired"
+    task_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFailed:
     """A task failed for good. *error* is the pickled exception, *message* its text."""
 
@@ -168,6 +178,7 @@ Record = (
     | TaskDeviated
     | TaskCommitted
     | TaskVoided
+    | TaskExpired
     | TaskFailed
     | WorkflowFinished
 )

@@ -59,6 +59,8 @@ class Storage:
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         #: absolute, so that a later chdir changes nothing
         self.path = Path(path).absolute()
+        #: (files, bytes) of the leftovers that were removed when this was opened
+        self.swept = (0, 0)
         self._workflows = self.path / "workflows"
         with storage_errors("use the storage directory", self.path):
             if self.path.exists() and not self.path.is_dir():
@@ -128,6 +130,8 @@ class Storage:
                     if now - entry.stat().st_mtime < _ABANDONED:
                         continue
                     path = path.rename(self._workflows / f"{_TRASH}{secrets.token_hex(8)}")
+                sizes = [each.lstat().st_size for each in path.rglob("*") if not each.is_dir()]
+                self.swept = self.swept[0] + len(sizes), self.swept[1] + sum(sizes)
                 shutil.rmtree(path, ignore_errors=True)
 
     def create(self, workflow_id: str, spec: bytes) -> Path:
