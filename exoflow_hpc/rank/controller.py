@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import records, serialize
+from exoflow_hpc import checksums, records, serialize
 from exoflow_hpc import scheduler_events as ev
 from exoflow_hpc.errors import ExoFlowError, FencedError, NondeterminismError
 from exoflow_hpc.history import facts_of
@@ -325,7 +325,7 @@ class Controller:
     def _deviates(self, task: int, checksum: str) -> bool:
         """Whether a task that is taken to be deterministic gave another output than one that was seen: then the run begins again (R12)."""
         before = self._seen.setdefault(task, checksum)
-        if before == checksum or task in self._varies:
+        if before == checksum or task in self._varies or not checksums.are_comparable(before, checksum):
             self._seen[task] = checksum
             return False
         name = self._spec.tasks[task].name

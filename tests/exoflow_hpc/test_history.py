@@ -10,7 +10,7 @@ import exoflow_hpc as ef
 from exoflow_hpc import records
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import ExoFlowError
-from exoflow_hpc.history import committed_tasks, error_of, facts_of, last_end
+from exoflow_hpc.history import committed_tasks, error_of, facts_of, kept_files, last_end
 from exoflow_hpc.rank.messages import pack_error
 from exoflow_hpc.semantics import descendants
 
@@ -81,3 +81,41 @@ def test_descendants() -> None:
         for name in ("left", "right", "top")
     }
     assert names == {"left": ["middle", "top"], "right": ["top"], "top": []}
+
+
+def test_effects_lives_and_what_their_rollbacks_need() -> None:
+    known = spec()
+    left, top = known.index("left"), known.index("top")
+    place = records.InCheckpoint("1-0.0-3.h5", "x").to_wire()
+    history = [
+        records.encode(records.TaskStarted("left", 0, 0, 1, {}, [[place, ["bytes", 8, None, None], "aa"]])),
+        records.encode(records.TaskStarted("top", 1, 0)),
+        records.encode(records.TaskStarted("left", 2, 0)),
+        committed("left", 2),
+        voided("left", 2),
+    ]
+    facts = facts_of(known, history)
+    assert list(facts.effects) == [left, top], "in the order of their first starts"
+    assert (facts.effects[left].attempt, facts.results[left].attempt, facts.committed) == (2, 2, {})
+    assert facts.attempts == {left: 2, top: 1}
+    assert kept_files(history[:1]) == {"1-0.0-3.h5"}
+    assert kept_files(history) == {"1-0.0-0.h5"}
+    history.append(records.encode(records.TaskRolledBack("left", 1)))
+    facts = facts_of(known, history)
+    assert (list(facts.effects), facts.results, facts.incarnations) == ([top], {}, {left: 1})
+    assert kept_files(history) == set()
+
+
+def test_what_a_commit_has_seen_is_remembered_until_it_is_committed_itself() -> None:
+    known = spec()
+    left, top = known.index("left"), known.index("top")
+    place = records.Inline(b"x")
+    history = [
+        records.encode(records.TaskCommitted("top", 0, 0, place, "cc", 1, ["bytes", 1, None, None], [["left", "aa"]]))
+    ]
+    assert facts_of(known, history).seen == {left: "aa"}
+    assert facts_of(known, history).committed.keys() == {top}
+    history.append(committed("left"))
+    assert facts_of(known, history).seen == {}
+    history.append(records.encode(records.TaskDeviated("left", "it was another one")))
+    assert facts_of(known, history).deviant == {left}
