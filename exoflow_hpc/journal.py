@@ -20,7 +20,7 @@ import msgpack
 
 from exoflow_hpc._epochs import append_fence, epoch_name, list_epochs, read_fence, take_epoch
 from exoflow_hpc._frames import MAX_PAYLOAD, Scan, frame, prefix_digest, scan
-from exoflow_hpc.durable import storage_errors, write_all
+from exoflow_hpc.durable import fsync_ancestors, storage_errors, write_all
 from exoflow_hpc.errors import CorruptJournalError, ExoFlowError, FencedError, JournalBrokenError
 from hoplite_mpi.testing import fault
 
@@ -193,6 +193,9 @@ class Journal:
             try:
                 fault.point("journal.epoch_created")
                 append_fence(workflow_dir / "FENCE", epoch)
+                # whoever created the workflow may have been killed before it could, and nothing that is committed may
+                # be lost by the name of a directory above it
+                fsync_ancestors(directory)
                 # only now: whatever an older epoch makes durable after this moment, it finds the fence before it
                 # acknowledges it
                 history = _read(directory, list(range(1, epoch)), durably=True)

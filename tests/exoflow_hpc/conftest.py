@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .preload import Power, build, compiler
+from .powerloss.preload import Power, build, compiler
 
 __all__: list[str] = []
 
