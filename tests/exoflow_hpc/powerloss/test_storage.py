@@ -190,7 +190,7 @@ def check_journal(disk: Path, said: list[str]) -> None:
 
 
 def test_journal(power: Power, tmp_path: Path) -> None:
-    assert survive(power, tmp_path, JOURNAL, check_journal) > 300
+    assert survive(power, tmp_path, JOURNAL, check_journal) > 150
 
 
 def check_delete(disk: Path, said: list[str]) -> None:
@@ -214,7 +214,7 @@ def check_delete(disk: Path, said: list[str]) -> None:
 
 
 def test_delete(power: Power, tmp_path: Path) -> None:
-    assert survive(power, tmp_path, DELETE, check_delete) > 300
+    assert survive(power, tmp_path, DELETE, check_delete) > 150
 
 
 #: what comes after a script that was killed: the same storage, in the state that the killed one left in the page cache
@@ -288,4 +288,4 @@ def check_checkpoints(disk: Path, said: list[str]) -> None:
 
 
 def test_checkpoint(power: Power, tmp_path: Path) -> None:
-    assert survive(power, tmp_path, CHECKPOINT, check_checkpoints) > 300
+    assert survive(power, tmp_path, CHECKPOINT, check_checkpoints) > 150
