@@ -117,7 +117,7 @@ def _tear(content: bytearray, event: Event, chance: random.Random) -> None:
 
 
 class Disk:
-    """A disk that held nothing but an empty directory, *root*, and what *events* made of it."""
+    """A disk that held nothing but an empty directory, *root*, and what *events* made of it. See also `holding`."""
 
     def __init__(self, root: Path, events: Iterable[Event] = ()) -> None:
         self._root = _Directory()
@@ -125,6 +125,17 @@ class Disk:
         self._inodes: dict[int, _File | _Directory] = {root.stat().st_ino: self._root}
         for event in events:
             self.apply(event)
+
+    @classmethod
+    def holding(cls, root: Path) -> Disk:
+        """Return a disk that has, durably, what is in a directory now; what comes next is to be given to `apply`."""
+        disk = cls(root)
+        for path in sorted(root.rglob("*")):  # a directory sorts before what is in it
+            what = _Directory() if path.is_dir() else _File(bytearray(path.read_bytes()))
+            parent = disk._inodes[path.parent.stat().st_ino]
+            assert isinstance(parent, _Directory)
+            parent.entries[path.name] = disk._inodes[path.stat().st_ino] = what
+        return disk
 
     def apply(self, event: Event) -> None:
         """Let one more call happen."""

@@ -113,6 +113,20 @@ def test_call_that_the_log_cannot_express(power: Power) -> None:
         power.events()
 
 
+def test_disk_that_was_not_empty(power: Power) -> None:
+    run_script(power, ALL_CALLS)
+    done = len(power.events())
+    disk = Disk.holding(power.root)
+    assert disk.nothing() == read_image(power.root)
+    change = "import shutil; shutil.rmtree(disk / 'b'); (disk / 'a' / 'i').write_bytes(b'new'); (disk / 'b').touch()"
+    before = disk.nothing()
+    run_script(power, change)
+    for event in power.events()[done:]:
+        disk.apply(event)
+    assert disk.nothing() == before
+    assert disk.everything() == read_image(power.root)
+
+
 def test_what_is_not_fsynced_is_not_there(power: Power) -> None:
     """A name needs the directory's fsync, bytes need the file's, and neither is the other."""
     run_script(

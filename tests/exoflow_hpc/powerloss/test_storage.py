@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,18 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fdatasync", lambda fd: None)
 
 
-def crashes(power: Power, events: list[Event]) -> Iterator[tuple[str, list[str], Image]]:
+def crashes(disk: Disk, events: list[Event], said: Sequence[str] = ()) -> Iterator[tuple[str, list[str], Image]]:
     """Yield what the crash is, what had been said by then, and an image, for each crash before a call, or at the end."""
-    disk, said = Disk(power.root), list[str]()
+    said = [*said]
     for number, event in enumerate([*events, None]):
         if event is not None and event.op == Op.NOTE:
             said.append(event.name)
             continue
         where = f"before call {number}, {event}, after {said}"
-        yield f"{where}, nothing else lasted", said, disk.nothing()
-        yield f"{where}, everything lasted", said, disk.everything()
+        yield f"{where}, nothing else lasted", [*said], disk.nothing()
+        yield f"{where}, everything lasted", [*said], disk.everything()
         for seed in SEEDS:
-            yield f"{where}, mixture {seed}", said, disk.mixture(seed)
+            yield f"{where}, mixture {seed}", [*said], disk.mixture(seed)
         if event is not None:
             disk.apply(event)
 
@@ -141,7 +141,7 @@ def survive(power: Power, scratch: Path, code: str, check: Callable[[Path, list[
     """Run *code*, and *check* the disk with what had been said by then, at each crash; return how many there were."""
     run_script(power, code)
     count = 0
-    for what, said, image in crashes(power, power.events()):
+    for what, said, image in crashes(Disk(power.root), power.events()):
         check_image(scratch, image, said, check, what)
         count += 1
     return count
@@ -234,6 +234,17 @@ opened.close()
 """
 )
 
+#: somebody who only looks; what they are told has happened may not turn out never to have
+READER = (
+    OPEN
+    + """
+from exoflow_hpc import journal
+if "w" in storage.list():
+    for record in journal.read(storage.directory("w")).records:
+        note("record", record["n"])
+"""
+)
+
 SWEEPER = OPEN + 'note("swept")\n'
 
 
@@ -242,6 +253,7 @@ SWEEPER = OPEN + 'note("swept")\n'
     [
         pytest.param(CREATE, SUCCESSOR, check_journal, id="create"),
         pytest.param(JOURNAL, SUCCESSOR, check_journal, id="journal"),
+        pytest.param(JOURNAL, READER, check_journal, id="read"),
         pytest.param(DELETE, SWEEPER, check_delete, id="delete"),
     ],
 )
@@ -258,6 +270,27 @@ def test_power_goes_after_a_kill(
         events = power.events()
         for what, said, image in acknowledgements(power, events, since):
             check_image(tmp_path, image, said, check, f"killed before call {call}, {what}")
+
+
+def test_power_goes_again(library: Path, tmp_path: Path) -> None:
+    """The successor has what a loss of power left, and loses it, too: at each of its calls."""
+    run_script(power := new_power(library, tmp_path / "all"), JOURNAL)
+    events = power.events()
+    # by then there is something to go on with
+    points = [
+        number for number, event in enumerate(events) if event.op != Op.NOTE and "created w" in notes(events[:number])
+    ]
+    for number in sample(points, 4):
+        power = new_power(library, tmp_path / str(number))
+        write_image(Disk(tmp_path / "all" / "disk", events[:number]).mixture(number), power.root)
+        disk = Disk.holding(power.root)
+        run_script(power, SUCCESSOR)
+        for what, said, image in crashes(disk, power.events(), notes(events[:number])):
+            check_image(tmp_path, image, said, check_journal, f"after a loss before call {number}, again {what}")
+
+
+def notes(events: list[Event]) -> list[str]:
+    return [event.name for event in events if event.op == Op.NOTE]
 
 
 def new_power(library: Path, directory: Path) -> Power:
