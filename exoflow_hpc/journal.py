@@ -59,7 +59,8 @@ class History:
 def read(workflow_dir: str | os.PathLike[str]) -> History:
     """Return what is committed, without taking an epoch or disturbing a controller at work; blocks on storage.
 
-    CorruptJournalError, StorageError.
+    What it returns stays: a record that was written and not yet fsynced is fsynced here. CorruptJournalError,
+    StorageError.
     """
     directory = Path(workflow_dir) / "journal"
     with storage_errors("read the journal in", directory):
@@ -71,7 +72,7 @@ def read(workflow_dir: str | os.PathLike[str]) -> History:
     return history
 
 
-def _read(directory: Path, epochs: list[int], *, durably: bool = False) -> History:
+def _read(directory: Path, epochs: list[int]) -> History:
     """Read the files of *epochs*, newest first, since the newest seal says how much of all older ones exists."""
     if epochs != list(range(1, len(epochs) + 1)):
         raise CorruptJournalError(
@@ -83,7 +84,7 @@ def _read(directory: Path, epochs: list[int], *, durably: bool = False) -> Histo
     for epoch in reversed(epochs):
         path = directory / epoch_name(epoch)
         if limits is None:
-            found, data = _scan_open_end(epoch, path, durably)
+            found, data = _scan_open_end(epoch, path)
             if found.torn:
                 history.torn.append(TornTail(str(path), found.accepted, found.torn))
         else:
@@ -104,14 +105,14 @@ def _read(directory: Path, epochs: list[int], *, durably: bool = False) -> Histo
     return history
 
 
-def _scan_open_end(epoch: int, path: Path, durably: bool) -> tuple[Scan, bytes]:
-    """Scan a file that no seal limits; its writer may still be at work."""
-    data = _read_file(path, durably)
+def _scan_open_end(epoch: int, path: Path) -> tuple[Scan, bytes]:
+    """Scan a file that no seal limits; its writer may still be at work. What is found is durable."""
+    data = _read_file(path, True)
     found = scan(epoch, data)
     if found.valid_after is not None:
         # A frame seen half-written, and a later one whole, can come from reading while it grew. Then a second look
         # finds the first one whole.
-        again = _read_file(path, durably)
+        again = _read_file(path, True)
         second = scan(epoch, again)
         if second.valid_after is not None and second.accepted == found.accepted:
             raise CorruptJournalError(
@@ -141,16 +142,24 @@ def _read_file(path: Path, durably: bool) -> bytes:
         if durably:
             # After a failed fsync the kernel may keep pages as clean that never got to the disk: flush, forget, and
             # read what is there.
-            os.fsync(fd)
+            _flush(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         parts = []
         while part := os.read(fd, 16 << 20):
             parts.append(part)
         if durably:
-            os.fsync(fd)  # for what was appended between the flush and the read
+            _flush(fd)  # for what was appended between the flush and the read
         return b"".join(parts)
     finally:
         os.close(fd)
+
+
+def _flush(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # where nothing can be written, all that is there is durable
+            raise
 
 
 class Journal:
@@ -198,7 +207,7 @@ class Journal:
                 fsync_ancestors(directory)
                 # only now: whatever an older epoch makes durable after this moment, it finds the fence before it
                 # acknowledges it
-                history = _read(directory, list(range(1, epoch)), durably=True)
+                history = _read(directory, list(range(1, epoch)))
                 self = cls(workflow_dir, epoch, fd)
             except BaseException:
                 os.close(fd)

@@ -203,8 +203,8 @@ int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 int mkdirat(int dirfd, const char *given, mode_t mode)
 {
     char path[PATH_MAX];
-    if (off() || !inside_path(dirfd, given, path) || inode(path))
-        return syscall(SYS_mkdirat, dirfd, given, mode);
+    if (off() || !inside_path(dirfd, given, path) || inode(path) || !inode_of_parent(path))
+        return syscall(SYS_mkdirat, dirfd, given, mode); /* outside, or it fails */
     int log = enter(path), result = syscall(SYS_mkdirat, dirfd, given, mode);
     if (!result)
         put(log, MKDIR, inode(path), inode_of_parent(path), name_of(path), "", 0, 0, NULL, 0);
