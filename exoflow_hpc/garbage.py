@@ -84,7 +84,7 @@ def collect(storage: Storage, retention: str = "all") -> Freed:
 def _collect(storage: Storage, workflow_id: str, directory: Path, retention: str, freed: Freed) -> None:
     _free_abandoned(directory, freed)
     listed = checkpoint.orphans(directory, ())
-    past = journal.read(directory, durably=True)
+    past = journal.read(directory)
     sealed = _sealed(past)
     # what counted when the older epochs were sealed counts until the next seal: what was voided since may be in use
     standing = [*_standing(past.records), *_standing(past.records[: _records_before(past, sealed)])]

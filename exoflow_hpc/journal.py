@@ -22,7 +22,7 @@ import msgpack
 
 from exoflow_hpc._epochs import append_fence, epoch_name, list_epochs, read_fence, take_epoch
 from exoflow_hpc._frames import MAX_PAYLOAD, Scan, frame, prefix_digest, scan
-from exoflow_hpc.durable import storage_errors, write_all
+from exoflow_hpc.durable import fsync_ancestors, storage_errors, write_all
 from exoflow_hpc.errors import CorruptJournalError, ExoFlowError, FencedError, JournalBrokenError
 from hoplite_mpi.testing import fault
 
@@ -58,16 +58,17 @@ class History:
     seals: list[list[Any]] = field(default_factory=list)
 
 
-def read(workflow_dir: str | os.PathLike[str], *, durably: bool = False) -> History:
+def read(workflow_dir: str | os.PathLike[str]) -> History:
     """Return what is committed, without taking an epoch or disturbing a controller at work; blocks on storage.
 
-    *durably*: what is returned survives a power cut. CorruptJournalError, StorageError.
+    What it returns stays: a record that was written and not yet fsynced is fsynced here. CorruptJournalError,
+    StorageError.
     """
     directory = Path(workflow_dir) / "journal"
     with storage_errors("read the journal in", directory):
         for _ in range(10):
             epochs = list_epochs(directory)
-            history = _read(directory, epochs, durably=durably)
+            history = _read(directory, epochs)
             if list_epochs(directory) == epochs:  # else a new controller may just have sealed less than we accepted
                 break
     return history
@@ -83,7 +84,7 @@ def inspect(workflow_dir: str | os.PathLike[str]) -> tuple[History, list[tuple[s
             fence = read_fence(directory.parent / "FENCE")
             epochs = list_epochs(directory)
             problems.clear()
-            history = _read(directory, epochs, problems=problems)
+            history = _read(directory, epochs, problems)
             if list_epochs(directory) == epochs:
                 break
     for epoch in sorted({*range(1, max([fence, *epochs]) + 1)} - {*epochs}):
@@ -91,9 +92,7 @@ def inspect(workflow_dir: str | os.PathLike[str]) -> tuple[History, list[tuple[s
     return history, problems
 
 
-def _read(
-    directory: Path, epochs: list[int], *, durably: bool = False, problems: list[tuple[str, str]] | None = None
-) -> History:
+def _read(directory: Path, epochs: list[int], problems: list[tuple[str, str]] | None = None) -> History:
     """Read the files of *epochs*, newest first, since the newest seal says how much of all older ones exists.
 
     With *problems*, damage is added to it and not raised, and what can be read of such a file counts.
@@ -114,7 +113,7 @@ def _read(
     for epoch in reversed(epochs):
         path = directory / epoch_name(epoch)
         if limits is None:
-            found, data = _scan_open_end(epoch, path, durably, damaged)
+            found, data = _scan_open_end(epoch, path, damaged)
             if found.torn:
                 history.torn.append(TornTail(str(path), found.accepted, found.torn))
         elif epoch not in limits:
@@ -136,14 +135,14 @@ def _read(
     return history
 
 
-def _scan_open_end(epoch: int, path: Path, durably: bool, damaged: Callable[[Path, str], None]) -> tuple[Scan, bytes]:
-    """Scan a file that no seal limits; its writer may still be at work."""
-    data = _read_file(path, durably)
+def _scan_open_end(epoch: int, path: Path, damaged: Callable[[Path, str], None]) -> tuple[Scan, bytes]:
+    """Scan a file that no seal limits; its writer may still be at work. What is found is durable."""
+    data = _read_file(path, True)
     found = scan(epoch, data)
     if found.valid_after is not None:
         # A frame seen half-written, and a later one whole, can come from reading while it grew. Then a second look
         # finds the first one whole.
-        again = _read_file(path, durably)
+        again = _read_file(path, True)
         second = scan(epoch, again)
         if second.valid_after is not None and second.accepted == found.accepted:
             damaged(
@@ -175,16 +174,24 @@ def _read_file(path: Path, durably: bool) -> bytes:
         if durably:
             # After a failed fsync the kernel may keep pages as clean that never got to the disk: flush, forget, and
             # read what is there.
-            os.fsync(fd)
+            _flush(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         parts = []
         while part := os.read(fd, 16 << 20):
             parts.append(part)
         if durably:
-            os.fsync(fd)  # for what was appended between the flush and the read
+            _flush(fd)  # for what was appended between the flush and the read
         return b"".join(parts)
     finally:
         os.close(fd)
+
+
+def _flush(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # where nothing can be written, all that is there is durable
+            raise
 
 
 class Journal:
@@ -227,9 +234,12 @@ class Journal:
             try:
                 fault.point("journal.epoch_created")
                 append_fence(workflow_dir / "FENCE", epoch)
+                # whoever created the workflow may have been killed before it could, and nothing that is committed may
+                # be lost by the name of a directory above it
+                fsync_ancestors(directory)
                 # only now: whatever an older epoch makes durable after this moment, it finds the fence before it
                 # acknowledges it
-                history = _read(directory, list(range(1, epoch)), durably=True)
+                history = _read(directory, list(range(1, epoch)))
                 self = cls(workflow_dir, epoch, fd)
             except BaseException:
                 os.close(fd)

@@ -17,7 +17,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from exoflow_hpc.durable import fsync_directory, storage_errors, write_atomically, write_new
+from exoflow_hpc.durable import fsync_ancestors, fsync_directory, storage_errors, write_atomically, write_new
 from exoflow_hpc.errors import (
     CorruptCheckpointError,
     InvalidWorkflowIdError,
@@ -99,7 +99,6 @@ class Storage:
             f"{_FORMAT} {FORMAT_VERSION}\n".encode(),
             before_rename=lambda: fault.point("storage.before_format_rename"),
         )
-        fsync_directory(self.path.parent)
 
     def _check_format(self) -> None:
         text = (self.path / "FORMAT").read_bytes()[:100].decode(errors="replace").strip()
@@ -121,6 +120,10 @@ class Storage:
         """Finish interrupted removals and drop what killed creators left. A read-only storage stays as it is."""
         with contextlib.suppress(OSError):
             leftovers = [entry for entry in os.scandir(self._workflows) if entry.name.startswith((_NEW, _TRASH))]
+            if leftovers:
+                # a process killed between its rename and its fsync left only the name changed, and not for sure: a
+                # power cut could bring the workflow back without what is removed here
+                fsync_directory(self._workflows)
             now = max((os.stat(self._workflows).st_mtime, *(e.stat().st_mtime for e in leftovers)))
             for entry in leftovers:
                 path = Path(entry.path)
@@ -162,7 +165,7 @@ class Storage:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
             fault.point("storage.after_rename")
-            fsync_directory(self._workflows)
+            fsync_ancestors(path)
         return path
 
     def _exists(self, workflow_id: str) -> WorkflowExistsError:
