@@ -51,9 +51,9 @@ def fsync_ancestors(path: str | os.PathLike[str]) -> None:
 
     Whoever made them may not have: a user's ``mkdir`` doesn't, nor does a process that was killed just after its own.
     """
-    path = Path(os.path.realpath(path))
-    device = os.stat(path).st_dev
-    for directory in path.parents:
+    parents = Path(os.path.realpath(path)).parents
+    device = os.stat(parents[0]).st_dev
+    for directory in parents:
         if os.stat(directory).st_dev != device:
             break
         with contextlib.suppress(PermissionError):  # not to be read by us, so not made by us

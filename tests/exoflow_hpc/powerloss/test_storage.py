@@ -103,9 +103,10 @@ for number in range(2):
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the real disk what is only looked at once."""
+    """Spare the real disk what is only looked at once. The scripts are processes of their own, and do it all."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(os, "fdatasync", lambda fd: None)
+    monkeypatch.setattr(journal, "_PREALLOCATE", 0)
 
 
 def crashes(
