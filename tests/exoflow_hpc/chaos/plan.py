@@ -163,7 +163,8 @@ class _Workflow:
         rng, names = self.rng, [step.name for step in self.steps]
         data = tuple(rng.sample(names, min(len(names), rng.choice([0, 1, 1, 1, 2, 2, 3]))))
         others = [name for name in names if name not in data]
-        after, after_commit = [], []
+        after: list[str] = []
+        after_commit: list[str] = []
         if others and rng.random() < 0.25:
             other = rng.choice(others)
             durable = next(step for step in self.steps if step.name == other).checkpoint in ("sync", "async")

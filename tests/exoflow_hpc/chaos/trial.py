@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exoflow_hpc import ExoFlowError
 from hoplite_mpi.memory import sweep
 from hoplite_mpi.testing import fault
 from tests.chaos.counts import BaseOutcome
@@ -119,9 +120,13 @@ class _Runner:
         if number >= _WITH_FAULTS:
             self.timed, self.awaited = [], []
         rules = ";".join(f"{f.point}={f.how}@{f.at}#*" for f in self.awaited)
-        environment = {"HOPLITE_FAULT": rules, "HOPLITE_FAULT_FIRED": str(self.fired_at), "TMPDIR": str(self.temporary)}
+        self.cli.environment |= self.trial.settings | {
+            "HOPLITE_FAULT": rules,
+            "HOPLITE_FAULT_FIRED": str(self.fired_at),
+        }
+        self.cli.environment["TMPDIR"] = str(self.temporary)
         self.began = time.monotonic()
-        self.process = self.cli.start(*args, **self.trial.settings, **environment)
+        self.process = self.cli.start(*args)
         return self.process
 
     def _watch(self, process: Process) -> Result | None:
@@ -235,7 +240,7 @@ class _Runner:
         storage = self.cli.storage
         for path in (*storage.glob(".tmp-*"), *(storage / "workflows").glob(".new-*")):
             os.utime(path, (1, 1))  # what is fresh may be somebody's who is just at it
-        self.cli("list", TMPDIR=str(self.temporary))  # what a killed command left goes when the storage is next opened
+        self.cli("list", HOPLITE_FAULT="")  # what a killed command left goes when the storage is next opened
         left = [str(path) for path in storage.rglob("*") if path.name not in ("FORMAT", "workflows")]
         if left:
             self.outcome.wrong.append(f"left in the storage: {left}")
@@ -283,7 +288,7 @@ def _tell(runner: _Runner) -> str:
         lines += [f"--- a command: exit code {result.code}", result.text[-6000:]]
     for path in (runner.directory / flow.LOG,):
         lines += [f"--- {path.name}", path.read_text() if path.exists() else ""]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ExoFlowError):
         evidence = Evidence.read(runner.directory, runner.cli.storage / "workflows" / "w", ())
         lines.append("--- journal")
         for epoch, record in evidence.journal:

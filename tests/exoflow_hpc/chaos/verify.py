@@ -6,7 +6,7 @@ import itertools
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ class Evidence:
     """All that a trial has left."""
 
     steps: Sequence[Step]
-    workflow_dir: Path
     #: lines of the log, in the order in which they were written
     lines: list[dict[str, Any]]
     #: (epoch, record), in order
     journal: list[tuple[int, dict[str, Any]]]
     #: key → (inputs, value) of what stands outside
-    effects: dict[str, tuple[list[int], int]]
-    conflicts: list[tuple[str, str]]
+    effects: dict[str, tuple[list[int], int]] = field(default_factory=dict)
+    conflicts: list[tuple[str, str]] = field(default_factory=list)
+    #: task → its output, of those that are committed
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path, workflow_dir: Path, steps: Sequence[Step]) -> Evidence:
@@ -56,11 +57,20 @@ class Evidence:
                 effects[key] = json.loads(given), value
             conflicts = db.execute("select key, text from conflicts").fetchall()
             db.close()
-        return cls(steps, workflow_dir, lines, journal, effects, conflicts)
+        return cls(steps, lines, journal, effects, conflicts, _outputs(workflow_dir, journal))
 
     def of(self, *types: str) -> list[tuple[int, dict[str, Any]]]:
         """Return (epoch, record) of all records of these types."""
         return [(epoch, record) for epoch, record in self.journal if record["type"] in types]
+
+
+def _outputs(workflow_dir: Path, journal: list[tuple[int, dict[str, Any]]]) -> dict[str, np.ndarray]:
+    spec = WorkflowSpec.from_bytes(Storage(workflow_dir.parent.parent, create=False).spec(workflow_dir.name))
+    facts = history.facts_of(spec, (record for _, record in journal))
+    return {
+        spec.tasks[index].name: np.asarray(history.load_output(workflow_dir, record))
+        for index, record in facts.committed.items()
+    }
 
 
 def verify(evidence: Evidence, output: Any) -> list[str]:
@@ -165,14 +175,10 @@ class _Values:
 
     def collect(self) -> None:
         """Begin with what is committed and what stands outside, and go back from there to all that it was made from."""
-        spec = _spec(self._evidence.workflow_dir)
-        facts = history.facts_of(spec, (record for _, record in self._evidence.journal))
-        for index, record in facts.committed.items():
-            value = np.asarray(history.load_output(self._evidence.workflow_dir, record))
-            name = spec.tasks[index].name
-            if value.size != max(1, self._steps[name].size) or value.min() != value.max():
-                self.wrong.append(f"task {name}: its committed output is not what it returned: {value}")
-            self._see(name, int(value.flat[0]), "the journal")
+        for name, array in self._evidence.outputs.items():
+            if array.size != max(1, self._steps[name].size) or array.min() != array.max():
+                self.wrong.append(f"task {name}: its committed output is not what it returned: {array}")
+            self._see(name, int(array.flat[0]), "the journal")
         for key, (given, value) in self._evidence.effects.items():
             name = key.split("/")[1]
             for source, one in zip(self._steps[name].data, given, strict=True):
@@ -183,11 +189,11 @@ class _Values:
             if step.name not in self.known:
                 self.wrong.append(f"task {step.name}: nothing that stands has seen a value of it")
                 continue
-            given = self._inputs(step, self.known[step.name][0])
-            if given is None:
+            took = self._inputs(step, self.known[step.name][0])
+            if took is None:
                 self.wrong.append(f"task {step.name}: no run of it has given {self.known[step.name]}")
                 continue
-            for source, one in zip(step.data, given, strict=True):
+            for source, one in zip(step.data, took, strict=True):
                 self._see(source, one, f"task {step.name}")
 
     def _see(self, name: str, value: int, who: str) -> None:
@@ -204,14 +210,10 @@ class _Values:
         return next((given for given in sums if sum(given) == value), None)
 
 
-def _spec(workflow_dir: Path) -> WorkflowSpec:
-    return WorkflowSpec.from_bytes(Storage(workflow_dir.parent.parent, create=False).spec(workflow_dir.name))
-
-
 def _as_without_failures(evidence: Evidence, values: _Values, output: Any) -> list[str]:
     """The same numbers drawn, a run in which nothing fails would end just so."""
     result: dict[str, int] = {}
-    wrong = []
+    wrong: list[str] = []
     for step in evidence.steps:
         if step.name not in values.known:
             return wrong  # said already
