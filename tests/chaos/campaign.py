@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import random
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,13 +62,13 @@ class Campaign:
         if outcomes:
             print(f"{len(outcomes)} trials are in {options.results} already")
         end = None if options.seconds is None else time.monotonic() + options.seconds
-        self._run(outcomes, needs, start, options.jobs, end, options.results)
+        stopped = self._run(outcomes, needs, start, options.jobs, end, options.results)
         print(self.summary(outcomes, needs))
         failed = [o for o in outcomes if o.wrong]
         for outcome in failed:
             print(f"FAILED seed {outcome.seed} ({outcome.kind}): {outcome.wrong[0][:300]}")
             print(f"  {self._repeat(outcome.seed)}")
-        missing = [] if end is not None else lacking(outcomes, needs)
+        missing = [] if stopped or end is not None else lacking(outcomes, needs)
         for what in missing:
             print(f"NOT ENOUGH {what}")
         return 1 if failed or missing or not outcomes else 0
@@ -109,17 +111,21 @@ class Campaign:
 
     def _run(
         self, outcomes: list[BaseOutcome], needs: Needs, start: int, jobs: int, end: float | None, results: Path
-    ) -> None:
+    ) -> bool:
+        """Add what is done to *outcomes* and to the file; return whether somebody stopped it by ^C, which lets trials come to their end."""
+        stopped = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, lambda *_: stopped.set())
         results.parent.mkdir(parents=True, exist_ok=True)
         running: dict[Future[BaseOutcome], Any] = {}
         trials = self._trials(outcomes, needs, start)
         with ThreadPoolExecutor(jobs) as pool, open(results, "a") as file:
             while True:
-                over = end is not None and time.monotonic() > end
+                over = stopped.is_set() or (end is not None and time.monotonic() > end)
                 while not over and len(running) < jobs and (trial := next(trials, None)) is not None:
                     running[pool.submit(self._safely, trial)] = trial
                 if not running:
-                    return
+                    return stopped.is_set()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     outcome = future.result()

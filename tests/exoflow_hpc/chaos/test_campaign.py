@@ -191,6 +191,29 @@ def test_a_committed_task_that_runs_again_is_found_out() -> None:
 
 def test_a_zombie_is_found_out() -> None:
     evidence, values = _good()
-    evidence.lines.append(evidence.lines[0] | {"epoch": 2, "what": "act"})
-    evidence.lines.append(evidence.lines[0] | {"what": "act"})
+    evidence.lines.append(_effect("act", "v") | {"epoch": 2})
+    evidence.lines.append(_effect("act", "v"))
     assert any("after epoch 2 had begun" in text for text in verify(evidence, values["end"]))
+
+
+def _effect(what: str, task: str) -> dict[str, Any]:
+    return {"what": what, "task": task, "epoch": 1, "attempt": 0, "key": f"w/{task}/0"}
+
+
+def test_an_effect_that_stands_too_long_is_found_out() -> None:
+    evidence, values = _good()
+    again = [line | {"attempt": 1} for line in evidence.lines if line["task"] == "a"]
+    evidence.lines += [_effect("act", "v"), *again, _effect("undo", "v")]
+    assert any("a runs again (epoch 1, attempt 1) while effect w/v/0" in t for t in verify(evidence, values["end"]))
+    evidence.lines[-len(again) - 1 :] = [_effect("undo", "v"), *again]
+    assert not any("while effect" in text for text in verify(evidence, values["end"]))
+
+
+def test_effects_undone_in_the_wrong_order_are_found_out() -> None:
+    evidence, values = _good()
+    evidence.steps = [*STEPS[:-1], Step("u", "task", ("v",), effect="rollback"), STEPS[-1]]
+    acts = [_effect("act", "v"), _effect("act", "u")]
+    evidence.lines += [*acts, _effect("undo", "v"), _effect("undo", "u")]
+    assert "the effect of task v is undone before effect w/u/0" in verify(evidence, values["end"])
+    evidence.lines[-2:] = reversed(evidence.lines[-2:])
+    assert not any("is undone before" in text for text in verify(evidence, values["end"]))

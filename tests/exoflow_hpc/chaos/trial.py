@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from exoflow_hpc import ExoFlowError
+from hoplite_mpi.launch import _sweep as sweep_directories
 from hoplite_mpi.memory import sweep
 from hoplite_mpi.testing import fault
 from tests.chaos.counts import BaseOutcome
@@ -262,6 +263,7 @@ class _Runner:
 
     def _left(self) -> list[str]:
         sweep()
+        sweep_directories(self.temporary)  # as the next start of ranks does
         memory = [name for name in os.listdir("/dev/shm") if any(run in name for run in self.runs)]
         files = os.listdir(self.temporary)
         return [f"left in {where}: {names}" for where, names in (("shared memory", memory), ("tmp", files)) if names]

@@ -82,6 +82,7 @@ def verify(evidence: Evidence, output: Any) -> list[str]:
     wrong += _one_effect_each(evidence)
     wrong += _no_second_run(evidence)
     wrong += _voids_have_a_reason(evidence)
+    wrong += _undone_in_time(evidence)
     values = _Values(evidence)
     values.collect()
     return wrong + values.wrong + _as_without_failures(evidence, values, output)
@@ -142,9 +143,7 @@ def _no_second_run(evidence: Evidence) -> list[str]:
 def _voids_have_a_reason(evidence: Evidence) -> list[str]:
     """What is void was computed from a task that varies and is not committed (R5)."""
     steps = {step.name: step for step in evidence.steps}
-    above: dict[str, set[str]] = {}
-    for step in evidence.steps:
-        above[step.name] = set(step.data).union(*(above[name] for name in step.data))
+    above = _above(evidence.steps)
     standing: set[str] = set()
     wrong = []
     for epoch, record in evidence.of("task_committed", "task_voided"):
@@ -156,6 +155,43 @@ def _voids_have_a_reason(evidence: Evidence) -> list[str]:
         if not any(not steps[name].deterministic and name not in standing for name in above[task]):
             wrong.append(f"task {task} is void in epoch {epoch}, and all that varies above it is committed")
     return wrong
+
+
+def _undone_in_time(evidence: Evidence) -> list[str]:
+    """An effect is undone before what it was computed from varies anew, and after the effects that were computed from its own (R5)."""
+    steps = {step.name: step for step in evidence.steps}
+    above = _above(evidence.steps)
+    #: key → (task, place of the first act) of effects that stand at a place of the log
+    standing: dict[str, tuple[str, int]] = {}
+    #: effects undone since the last start of a task: task → place of its act
+    undone: dict[str, int] = {}
+    wrong = []
+    for place, line in enumerate(evidence.lines):
+        task = line["task"]
+        if line["what"] == "act":
+            standing.setdefault(line["key"], (task, place))
+        elif line["what"] == "start":
+            undone.clear()
+            if not steps[task].deterministic:
+                wrong += [
+                    f"task {task} runs again (epoch {line['epoch']}, attempt {line['attempt']}) while effect {key} stands"
+                    for key, (other, _) in standing.items()
+                    if task in above[other]
+                ]
+        elif line["what"] == "undo" and line["key"] in standing:
+            _, acted = standing.pop(line["key"])
+            early = [other for other, when in undone.items() if other in above[task] and when < acted]
+            wrong += [f"the effect of task {other} is undone before effect {line['key']}" for other in early]
+            undone[task] = acted
+    return wrong
+
+
+def _above(steps: Sequence[Step]) -> dict[str, set[str]]:
+    """Return task → all that its output is computed from."""
+    above: dict[str, set[str]] = {}
+    for step in steps:
+        above[step.name] = set(step.data).union(*(above[name] for name in step.data))
+    return above
 
 
 class _Values:
