@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from tests.exoflow_hpc.chaos.points import POINTS, ROLES
+from tests.exoflow_hpc.chaos.points import POINTS
 
 __all__ = ["KINDS", "Fault", "Step", "Trial", "plan"]
 
@@ -51,6 +51,15 @@ _PASSINGS = {
 }
 #: elements (int64) of outputs: in the journal; in messages and HDF5; in shared memory and HDF5
 SMALL, MEDIUM, LARGE = 8, 1_000, 12_000
+#: checkpoint options and effects of tasks; what is irrevocable has all above it committed, so there is little to undo with many of those
+_MODES = {
+    "mixed": ["sync", "async", "skip", "skip", "auto"],
+    "fragile": ["sync", "sync", "async", "skip", "skip", "skip", "skip", "auto"],
+}
+_EFFECTS = {
+    "mixed": ["", "", "", "idempotent", "rollback", "both"],
+    "fragile": [""] * 6 + ["idempotent", "rollback", "rollback", "rollback", "both", "both"],
+}
 #: who dies, and how often in comparison
 _VICTIMS = ("rank", "rank", "head", "worker", "worker", "checkpoint writer", "forkserver", "everything")
 
@@ -138,6 +147,8 @@ class _Workflow:
 
     def __init__(self, rng: random.Random, point: str) -> None:
         self.rng = rng
+        #: much varies, little is saved, and each output has many consumers: what is lost takes much along
+        self.fragile = rng.random() < 0.6
         self.steps: list[Step] = []
         if point == "controller.roll_back":
             self._undoable()
@@ -161,7 +172,9 @@ class _Workflow:
 
     def _task(self, **given: object) -> Step:
         rng, names = self.rng, [step.name for step in self.steps]
-        data = tuple(rng.sample(names, min(len(names), rng.choice([0, 1, 1, 1, 2, 2, 3]))))
+        data = tuple(
+            rng.sample(names, min(len(names), rng.choice([1, 2, 2, 3] if self.fragile else [0, 1, 1, 1, 2, 2, 3])))
+        )
         others = [name for name in names if name not in data]
         after: list[str] = []
         after_commit: list[str] = []
@@ -173,11 +186,11 @@ class _Workflow:
             "data": data,
             "after": tuple(after),
             "after_commit": tuple(after_commit),
-            "deterministic": rng.random() < 0.6,
-            "checkpoint": rng.choice(["sync", "async", "skip", "skip", "auto"]),
-            "effect": rng.choice(["", "", "", "idempotent", "rollback", "both"]),
+            "deterministic": rng.random() < (0.4 if self.fragile else 0.6),
+            "checkpoint": rng.choice(_MODES["fragile" if self.fragile else "mixed"]),
+            "effect": rng.choice(_EFFECTS["fragile" if self.fragile else "mixed"]),
             "size": rng.choice([SMALL, SMALL, MEDIUM, LARGE]),
-            "seconds": round(rng.choice([0.0, 0.0, 0.02, 0.1, 0.3]) * rng.random(), 3),
+            "seconds": round(rng.choice([0.0, 0.02, 0.1, 0.1, 0.3]) * rng.random(), 3),
         } | given
         step = Step(f"t{len(self.steps)}", "task", **values)  # type: ignore[arg-type]
         self.steps.append(step)
@@ -203,11 +216,15 @@ def _at_point(rng: random.Random, name: str, ranks: int, steps: int) -> list[Fau
         return [Fault("kill", "everything", starts=_moment(rng, steps), after=rng.uniform(0.0, 0.2)), fatal]
     if name.startswith("storage."):
         return [fatal]
-    return [fatal, *(_kill(rng, rng.choice(_VICTIMS), ranks, steps) for _ in range(rng.choice([0, 1, 2])))]
+    return [fatal, *_more(rng, ranks, steps, rng.choice([0, 1, 1, 2]))]
+
+
+def _more(rng: random.Random, ranks: int, steps: int, count: int) -> list[Fault]:
+    return [_kill(rng, rng.choice(_VICTIMS), ranks, steps) for _ in range(count)]
 
 
 def _moment(rng: random.Random, steps: int) -> int:
-    return rng.randint(1, max(1, steps - 2))
+    return rng.randint(1, steps - 1) if rng.random() < 0.5 else rng.randint(max(1, steps // 2), steps - 1)
 
 
 def _kill(rng: random.Random, role: str, ranks: int, steps: int) -> Fault:
@@ -222,13 +239,13 @@ def _kill(rng: random.Random, role: str, ranks: int, steps: int) -> Fault:
 def _others(rng: random.Random, kind: str, ranks: int, steps: int) -> list[Fault]:
     how, _, what = kind.partition(" ")
     if how == "kill":
-        return [_kill(rng, what, ranks, steps)]
+        return [_kill(rng, what, ranks, steps), *_more(rng, ranks, steps, rng.choice([0, 1, 1, 2]))]
     if how == "stop":
         rank = rng.randrange(1, ranks) if what == "rank" else 0 if what == "head" else rng.randrange(ranks)
         stopped = Fault("stop", what, rank, starts=_moment(rng, steps), seconds=round(rng.uniform(0.3, 4.0), 2))
-        return [stopped, *(_kill(rng, rng.choice(_VICTIMS), ranks, steps) for _ in range(rng.choice([0, 1, 1])))]
+        return [stopped, *_more(rng, ranks, steps, rng.choice([0, 1, 1]))]
     if how == "again":  # a task may lose its worker three times
-        found = [_kill(rng, rng.choice(_VICTIMS), ranks, steps) for _ in range(rng.randint(4, 7))]
+        found = _more(rng, ranks, steps, rng.randint(4, 7))
         fatal_to_tasks = [fault for fault in found if fault.role in ("worker", "forkserver")]
         return [fault for fault in found if fault not in fatal_to_tasks[3:]]
     first = _kill(rng, rng.choice(_VICTIMS), ranks, steps)
@@ -240,6 +257,3 @@ def _others(rng: random.Random, kind: str, ranks: int, steps: int) -> list[Fault
     else:
         after = first.after + rng.choice([0.02, 0.2, 1.0, 2.5])
     return [first, Fault("kill", second.role, second.rank, starts=first.starts, after=after)]
-
-
-assert all(kind.removeprefix("kill ") in ROLES for kind in KINDS if kind.startswith("kill "))
