@@ -67,10 +67,7 @@ def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts:
         if isinstance(record, records.TaskCommitted):
             _commit(facts, spec, record)
         elif isinstance(record, records.TaskVoided):
-            task = spec.index(record.task_id)
-            known = facts.committed.pop(task, None)
-            if known is not None:
-                facts.seen[task] = known.checksum
+            _void(facts, spec, record)
         elif isinstance(record, records.TaskStarted):
             task = spec.index(record.task_id)
             facts.effects[task] = record
@@ -83,6 +80,19 @@ def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts:
         elif isinstance(record, records.TaskDeviated):
             facts.deviant.add(spec.index(record.task_id))
     return facts
+
+
+def _void(facts: Facts, spec: WorkflowSpec, record: records.TaskVoided) -> None:
+    task = spec.index(record.task_id)
+    known = facts.committed.pop(task, None)
+    if known is None:
+        return
+    if not record.lost:
+        facts.seen[task] = known.checksum
+        return
+    # whoever else saw those is void, too, or will see the same again
+    for name, _ in known.consumed:
+        facts.seen.pop(spec.index(name), None)
 
 
 def _commit(facts: Facts, spec: WorkflowSpec, record: records.TaskCommitted) -> None:

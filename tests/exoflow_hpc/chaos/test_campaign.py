@@ -177,7 +177,7 @@ def test_a_committed_task_that_runs_again_is_found_out() -> None:
     assert any("is started as (epoch, attempt) (2, 0)" in text for text in verify(evidence, values["end"]))
     # the value above is lost, so it is void: then it has to run again
     void = copy.deepcopy(evidence)
-    void.journal += [(2, {"type": "task_voided", "task_id": "b", "attempt": 0}), (2, _commit("b"))]
+    void.journal += [(2, {"type": "task_voided", "task_id": "b", "attempt": 0, "lost": True}), (2, _commit("b"))]
     assert verify(void, values["end"]) == []
     # not so if nothing above it is lost
     void.journal.insert(0, (1, _commit("a")))

@@ -152,6 +152,8 @@ def _voids_have_a_reason(evidence: Evidence) -> list[str]:
             standing.add(task)
             continue
         standing.discard(task)
+        if not record["lost"]:
+            wrong.append(f"task {task} is void in epoch {epoch}, and no value is lost: {record['message']}")
         if not any(not steps[name].deterministic and name not in standing for name in above[task]):
             wrong.append(f"task {task} is void in epoch {epoch}, and all that varies above it is committed")
     return wrong
