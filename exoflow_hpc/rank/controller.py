@@ -304,7 +304,7 @@ class Controller:
         self._progress.say(f"{message.text}; task {self._spec.tasks[message.task].name} runs again")
         self._void(message.task, message.text, self._begin_again)
 
-    def _void(self, task: int, text: str, durable: Callable[[], None]) -> None:
+    def _void(self, task: int, text: str, durable: Callable[[], None], *, lost: bool = False) -> None:
         """Have a committed output count as absent; *durable* follows at once if the journal never named it."""
         self._writing.pop(task, None)
         self._void_up_to[task] = self._scheduler.attempt(task)
@@ -315,7 +315,7 @@ class Controller:
         if attempt is None:
             self._loop.post(durable)
         else:
-            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text), durable)
+            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost), durable)
 
     def _forget_seen(self, varying: Iterable[int]) -> None:
         """What is computed from these may come out another one, since they may."""
@@ -428,7 +428,7 @@ class Controller:
 
     def _void_consumer(self, task: int) -> None:
         text = "it was computed from an output that is lost and may come out another one"
-        self._void(task, text, lambda: self._handle(ev.Voided(task)))
+        self._void(task, text, lambda: self._handle(ev.Voided(task)), lost=True)
 
     def _roll_back(self, what: ev.Rollback) -> None:
         fault.point("controller.roll_back")
