@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
 from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
+from exoflow_hpc.semantics import descendants
 from exoflow_hpc.spec import WorkflowSpec
 
 __all__ = [
@@ -59,6 +60,10 @@ class Facts(Generic[K]):
     expired: set[K] = field(default_factory=set)
     #: external tasks that were started and not rolled back since, in the order of their first start → the last start
     effects: dict[K, records.TaskStarted] = field(default_factory=dict)
+    #: those of them whose rollback was started → the last start of it
+    rollbacks: dict[K, records.RollbackStarted] = field(default_factory=dict)
+    #: external tasks that were undone, and neither started nor committed since: they have to come again
+    owed: set[K] = field(default_factory=set)
     #: last output of those in `effects`, void or not, for their rollbacks
     results: dict[K, records.TaskCommitted] = field(default_factory=dict)
     #: how often each was rolled back, where that is not 0
@@ -71,22 +76,28 @@ class Facts(Generic[K]):
     seen: dict[K, str] = field(default_factory=dict)
 
 
-def facts_by_name(history: Iterable[dict[str, Any]]) -> Facts[str]:
-    """Return what a history says. The first record of a task counts, as consumers may have seen that output, unless it is void."""
+def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None = None) -> Facts[str]:
+    """Return what a history says. The first record of a task counts, as consumers may have seen that output, unless it is void.
+
+    spec: without it, `Facts.seen` may have outputs whose inputs came out another one since.
+    """
     facts = Facts[str]()
     for wire in history:
         record = records.decode(wire)
         if isinstance(record, records.TaskCommitted):
-            _commit(facts, record)
+            _commit(facts, record, spec)
         elif isinstance(record, (records.TaskVoided, records.TaskExpired)):
             _void(facts, record)
         elif isinstance(record, records.TaskStarted):
             facts.effects[record.task_id] = record
-            facts.attempts[record.task_id] = max(record.attempt, facts.attempts.get(record.task_id, -1))
+            facts.owed.discard(record.task_id)
+            _take_attempt(facts, record.task_id, record.attempt)
+            _see(facts, record.consumed)
+        elif isinstance(record, records.RollbackStarted):
+            facts.rollbacks[record.task_id] = record
+            _take_attempt(facts, record.task_id, record.attempt)
         elif isinstance(record, records.TaskRolledBack):
-            facts.incarnations[record.task_id] = record.incarnation
-            facts.effects.pop(record.task_id, None)
-            facts.results.pop(record.task_id, None)
+            _roll_back(facts, record)
         elif isinstance(record, records.TaskDeviated):
             facts.deviant.add(record.task_id)
     return facts
@@ -106,27 +117,54 @@ def _void(facts: Facts[str], record: records.TaskVoided | records.TaskExpired) -
             facts.seen.pop(name, None)
         return
     facts.seen[task] = known.checksum
+    if isinstance(record, records.TaskVoided):  # it is damaged: nobody can be given it
+        facts.results.pop(task, None)
 
 
-def _commit(facts: Facts[str], record: records.TaskCommitted) -> None:
+def _roll_back(facts: Facts[str], record: records.TaskRolledBack) -> None:
     task = record.task_id
-    facts.attempts[task] = max(record.attempt, facts.attempts.get(task, -1))
+    facts.incarnations[task] = record.incarnation
+    facts.owed.add(task)
+    start = facts.effects.pop(task, None)
+    if start is not None:  # what it has seen may come out another one
+        for name, _ in start.consumed:
+            facts.seen.pop(name, None)
+    facts.results.pop(task, None)
+    facts.rollbacks.pop(task, None)
+
+
+def _take_attempt(facts: Facts[str], task: str, attempt: int) -> None:
+    facts.attempts[task] = max(attempt, facts.attempts.get(task, -1))
+
+
+def _see(facts: Facts[str], consumed: Iterable[Any]) -> None:
+    for source, checksum in consumed:
+        if source not in facts.committed:
+            facts.seen[source] = checksum
+
+
+def _commit(facts: Facts[str], record: records.TaskCommitted, spec: WorkflowSpec | None) -> None:
+    task = record.task_id
+    _take_attempt(facts, task, record.attempt)
     if task in facts.committed:
         return
+    facts.owed.discard(task)
+    if spec is not None and facts.seen and (task in facts.deviant or not spec.tasks[spec.index(task)].deterministic):
+        # what was computed from the value before this one is void, and may come out another one
+        for index in descendants(spec.tasks, [spec.index(task)]):
+            facts.seen.pop(spec.tasks[index].name, None)
     facts.committed[task] = record
     facts.gone.pop(task, None)
     facts.expired.discard(task)
     facts.seen.pop(task, None)
     if task in facts.effects:
         facts.results[task] = record
-    for source, checksum in record.consumed:
-        if source not in facts.committed:
-            facts.seen[source] = checksum
+    _see(facts, record.consumed)
 
 
 def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts[int]:
     """Return the same by index of the task."""
-    named = facts_by_name(history)
+    named = facts_by_name(history, spec)
 
     def index(table: dict[str, V]) -> dict[int, V]:
         return {spec.index(task): value for task, value in table.items()}
@@ -136,6 +174,8 @@ def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts[int
         gone=index(named.gone),
         expired={spec.index(task) for task in named.expired},
         effects=index(named.effects),
+        rollbacks=index(named.rollbacks),
+        owed={spec.index(task) for task in named.owed},
         results=index(named.results),
         incarnations=index(named.incarnations),
         attempts=index(named.attempts),

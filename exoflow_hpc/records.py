@@ -14,6 +14,7 @@ __all__ = [
     "Inline",
     "Location",
     "Record",
+    "RollbackStarted",
     "TaskCommitted",
     "TaskDeviated",
     "TaskExpired",
@@ -86,6 +87,19 @@ class TaskStarted:
     #: where the outputs are that it takes, in the order of `TaskSpec.data`, for its rollback: [location, meta, checksum] each; empty
     #: for a task without one
     inputs: list[Any] = dataclasses.field(default_factory=list)
+    #: as in `TaskCommitted`
+    consumed: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackStarted:
+    """A rollback is about to be dispatched: from here on somebody may be at it."""
+
+    type: ClassVar[str] = "rollback_started"
+    task_id: str
+    attempt: int
+    #: as in `TaskStarted`
+    process: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +190,7 @@ class WorkflowFinished:
 Record = (
     WorkflowStarted
     | TaskStarted
+    | RollbackStarted
     | TaskRolledBack
     | TaskDeviated
     | TaskCommitted

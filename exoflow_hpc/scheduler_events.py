@@ -28,6 +28,7 @@ __all__ = [
     "RetryAfter",
     "RetryDue",
     "Rollback",
+    "RollbackEnded",
     "RollbackFailed",
     "RolledBack",
     "Start",
@@ -79,6 +80,14 @@ class Voided:
     """The journal durably says that the output of a task is void, or never said anything else (see `Void`)."""
 
     task: int
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackEnded:
+    """A rollback has done its work; the record that says so is on its way into the journal."""
+
+    task: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +199,7 @@ Event = (
     | ObjectsLost
     | AttemptsOver
     | Voided
+    | RollbackEnded
     | RolledBack
     | RollbackFailed
     | Cancel
@@ -248,9 +258,13 @@ class CancelAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Void:
-    """Void the output of a task, and whatever of it is on its way into the journal (R5); answer with `Voided`."""
+    """Void the output of a task, and whatever of it is on its way into the journal (R5); answer with `Voided`.
+
+    attempt: the latest one that is meant.
+    """
 
     task: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)

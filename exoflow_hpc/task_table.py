@@ -115,7 +115,7 @@ class TaskTable:
         self._forced = waited_for.union({self.output}, *plan.gates.values())
         for index in self.wanted:
             task = self.tasks[index]
-            if index in plan.undo:  # it must come again, so its end must be known for good
+            if index in plan.undo or index in plan.owed:  # it must come again, so its end must be known for good
                 self._forced.add(index)
             if task.checkpoint != "skip" or index in self._forced:
                 self.promised.add(index)
@@ -167,6 +167,15 @@ class TaskTable:
         if task not in self._forced:
             self.promised.discard(task)
             self.due.discard(task)
+
+    def must_come_again(self, task: int) -> None:
+        """What the task did is undone: it has not happened, and has to be done again whoever needs its output."""
+        self._forced.add(task)
+        self.promised.add(task)
+        self.due.add(task)
+        if self.happened[task]:
+            self.happened[task] = False
+            self._block(self._followers[task])
 
     def consumers(self, task: int) -> int:
         """Return how many wanted tasks take the output."""
@@ -361,14 +370,13 @@ class TaskTable:
             self.state[task] = TaskState.IDLE
         if was_usable:
             self._withdraw(task)
-        if self.happened[task]:
-            self.happened[task] = False
-            self._block(self._followers[task])
         if was_committed:
             self._block(self._barred[task])
-        if task in self._effects:  # undone, it has to come again
-            self._forced.add(task)
-            self.promised.add(task)
+        if task in self._effects:
+            self.must_come_again(task)
+        elif self.happened[task]:
+            self.happened[task] = False
+            self._block(self._followers[task])
         if task in self.promised:
             self.due.add(task)
         if held is not None:

@@ -82,6 +82,8 @@ class Controller:
         self._appended = {task: record.attempt for task, record in facts.committed.items()}
         #: task → latest attempt of it that is void: what still comes of it is dropped
         self._void_up_to: dict[int, int] = {}
+        #: committed tasks whose output was found damaged
+        self._corrupted: set[int] = set()
         #: task → checksum of an output that somebody has seen: made again, it has to be the same (R12)
         self._seen = facts.seen
         #: tasks that were dispatched in this epoch
@@ -99,6 +101,7 @@ class Controller:
             effects=list(facts.effects),
             unseen=[(task, start.attempt) for task, start in self._unfinished],
             deviant=facts.deviant,
+            owed=facts.owed,
             settings=Settings.from_environment(),
             seed=self._run,
         )
@@ -163,7 +166,7 @@ class Controller:
 
     def _let_end(self, seconds: float, attempts: list[tuple[int, int]]) -> None:
         """Take attempts that were lost from sight for over, once they must be."""
-        if seconds > 1.0:
+        if seconds > 2.0:
             names = ", ".join(sorted({self._spec.tasks[task].name for task, _ in attempts}))
             self._progress.say(f"waiting {seconds:.1f} s until nobody can be at {names} any more")
         self._loop.after(seconds, lambda: self._handle(ev.AttemptsOver(tuple(attempts))))
@@ -299,15 +302,18 @@ class Controller:
 
     def _corrupt(self, message: ms.Corrupt) -> None:
         record = self._committed.get(message.task)
-        if record is None or record.attempt != message.attempt:
+        if record is None or record.attempt != message.attempt or message.task in self._corrupted:
             return
-        self._progress.say(f"{message.text}; task {self._spec.tasks[message.task].name} runs again")
-        self._void(message.task, message.text, self._begin_again)
+        # it stands as far as this epoch is concerned, which ends with that record
+        self._corrupted.add(message.task)
+        name = self._spec.tasks[message.task].name
+        self._progress.say(f"{message.text}; task {name} runs again")
+        self._append(records.TaskVoided(name, message.attempt, message.text), self._begin_again)
 
-    def _void(self, task: int, text: str, durable: Callable[[], None], *, lost: bool = False) -> None:
-        """Have a committed output count as absent; *durable* follows at once if the journal never named it."""
+    def _void(self, task: int, up_to: int, text: str, durable: Callable[[], None]) -> None:
+        """Have outputs of attempts *up_to* that one count as absent; *durable* follows at once if the journal never named one."""
         self._writing.pop(task, None)
-        self._void_up_to[task] = self._scheduler.attempt(task)
+        self._void_up_to[task] = up_to
         attempt = self._appended.pop(task, None)
         known = self._committed.pop(task, None)
         if known is not None:
@@ -315,7 +321,7 @@ class Controller:
         if attempt is None:
             self._loop.post(durable)
         else:
-            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost), durable)
+            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost=True), durable)
 
     def _forget_seen(self, varying: Iterable[int]) -> None:
         """What is computed from these may come out another one, since they may."""
@@ -359,7 +365,7 @@ class Controller:
                 case ev.CancelAttempt():
                     self._cancel_attempt(what)
                 case ev.Void():
-                    self._void_consumer(what.task)
+                    self._void_consumer(what)
                 case ev.Rollback():
                     self._roll_back(what)
                 case ev.Finish():
@@ -389,7 +395,12 @@ class Controller:
         inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
         self._starting.add((what.task, what.attempt))
         record = self._effects.started(
-            what.task, what.attempt, what.rank, self._leases.processes.get(what.rank, {}), inputs
+            what.task,
+            what.attempt,
+            what.rank,
+            self._leases.processes.get(what.rank, {}),
+            inputs,
+            self._consumed(what.task),
         )
 
         def durable() -> None:
@@ -426,20 +437,29 @@ class Controller:
 
     # -- effects that are undone -----------------------------------------------------------------------------------------------
 
-    def _void_consumer(self, task: int) -> None:
+    def _void_consumer(self, what: ev.Void) -> None:
         text = "it was computed from an output that is lost and may come out another one"
-        self._void(task, text, lambda: self._handle(ev.Voided(task)), lost=True)
+        self._void(what.task, what.attempt, text, lambda: self._handle(ev.Voided(what.task)))
 
     def _roll_back(self, what: ev.Rollback) -> None:
         fault.point("controller.roll_back")
         name = self._spec.tasks[what.task].name
         self._progress.say(f"what task {name} did is undone")
-        self._running[what.task, what.attempt] = what.rank
-        places = self._effects.roll_back(what.task, what.attempt)
+        which = (what.task, what.attempt)
+        self._running[which] = what.rank
+        places = self._effects.roll_back(*which)
         life = self._effects.incarnation(what.task)
-        self._send(what.rank, ms.Run(self._epoch, what.task, what.attempt, life, rollback=True, inputs=places))
+        message = ms.Run(self._epoch, *which, life, rollback=True, inputs=places)
+
+        def durable() -> None:
+            if self._running.get(which) == what.rank and self.outcome is None:
+                self._send(what.rank, message)
+
+        process = self._leases.processes.get(what.rank, {})
+        self._append(records.RollbackStarted(name, what.attempt, process), durable)
 
     def _rolled_back(self, task: int, attempt: int) -> None:
+        self._handle(ev.RollbackEnded(task, attempt))
         record = self._effects.rolled_back(task, attempt)
         self._append(record, lambda: self._handle(ev.RolledBack(task, attempt)))
 
@@ -559,6 +579,8 @@ class Controller:
             for task, output in self._outputs.items():
                 if output.data is None:
                     self._store.delete(self._id(task, output.attempt))
+            for task, attempt in self._running:  # what still comes of it is taken for late
+                self._store.delete(self._id(task, attempt))
 
     def end_message(self) -> ms.End:
         """Return what to tell the agents once there is an outcome."""

@@ -103,7 +103,7 @@ def test_effects_lives_and_what_their_rollbacks_need() -> None:
         records.encode(records.TaskStarted("top", 1, 0)),
         records.encode(records.TaskStarted("left", 2, 0)),
         committed("left", 2),
-        voided("left", 2),
+        records.encode(records.TaskVoided("left", 2, "lost", lost=True)),
     ]
     facts = facts_of(known, history)
     assert list(facts.effects) == [left, top], "in the order of their first starts"
@@ -111,10 +111,38 @@ def test_effects_lives_and_what_their_rollbacks_need() -> None:
     assert facts.attempts == {left: 2, top: 1}
     assert kept_files(history[:1]) == {"1-0.0-3.h5"}
     assert kept_files(history) == {"1-0.0-0.h5"}
+    history.append(records.encode(records.RollbackStarted("left", 3)))
+    facts = facts_of(known, history)
+    assert (facts.rollbacks.keys(), facts.attempts[left]) == ({left}, 3)
     history.append(records.encode(records.TaskRolledBack("left", 1)))
     facts = facts_of(known, history)
     assert (list(facts.effects), facts.results, facts.incarnations) == ([top], {}, {left: 1})
-    assert kept_files(history) == set()
+    assert (facts.owed, facts.rollbacks, kept_files(history)) == ({left}, {}, set())
+    again = records.encode(records.TaskStarted("left", 4, 1))
+    assert facts_of(known, [*history, again]).owed == set()
+    assert facts_of(known, [*history, committed("left", 4)]).owed == set()
+
+
+def test_a_rollback_is_not_given_what_is_damaged() -> None:
+    history = [records.encode(records.TaskStarted("left", 0, 0)), committed("left"), voided("left")]
+    assert facts_of(spec(), history).results == {}
+
+
+def test_what_a_start_has_seen_is_remembered_until_it_is_undone() -> None:
+    known = spec()
+    left = known.index("left")
+    history = [records.encode(records.TaskStarted("top", 0, 0, consumed=[["left", "aa"]]))]
+    assert facts_of(known, history).seen == {left: "aa"}
+    history.append(records.encode(records.TaskRolledBack("top", 1)))
+    assert facts_of(known, history).seen == {}
+
+
+def test_what_varies_and_is_committed_anew_lets_what_is_computed_from_it_be_another() -> None:
+    source = add.options(name="source", deterministic=False).bind(1, 2)
+    known = compile_workflow(add.options(name="top").bind(add.options(name="middle").bind(source, 0), 4))
+    history = [committed("middle", checksum="aa"), voided("middle")]
+    assert facts_of(known, history).seen == {known.index("middle"): "aa"}
+    assert facts_of(known, [*history, committed("source")]).seen == {}
 
 
 def test_what_a_commit_has_seen_is_remembered_until_it_is_committed_itself() -> None:

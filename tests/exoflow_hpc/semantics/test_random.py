@@ -26,7 +26,7 @@ def random_spec(rng: random.Random, count: int) -> WorkflowSpec:
             row["external"] = True
             row["idempotent"] = rng.random() < 0.5
             row["rollback"] = "r" if not row["idempotent"] or rng.random() < 0.3 else ""
-        if index and rng.random() < 0.2:
+        if index and rng.random() < 0.35:
             edge = rng.randrange(index)
             if rows[edge]["checkpoint"] != "skip" and rng.random() < 0.5:
                 row["barriers"] = (edge,)
