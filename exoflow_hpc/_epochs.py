@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from exoflow_hpc.durable import fsync_directory, write_all
+from exoflow_hpc.errors import FencedError
 
 __all__ = ["append_fence", "epoch_name", "list_epochs", "read_fence", "take_epoch"]
 
@@ -21,10 +22,16 @@ def epoch_name(epoch: int) -> str:
     return f"{epoch:08d}"
 
 
-def take_epoch(directory: Path) -> tuple[int, int]:
-    """Create the file of the next epoch, durably, and return the epoch and its descriptor. OSError."""
+def take_epoch(directory: Path, after: int | None = None) -> tuple[int, int]:
+    """Create the file of the next epoch, durably, and return the epoch and its descriptor. OSError.
+
+    With *after*, only the epoch that follows it: FencedError if another controller has that one.
+    """
     while True:
-        epoch = max(list_epochs(directory), default=0) + 1
+        newest = max(list_epochs(directory), default=0)
+        if after is not None and newest != after:
+            raise FencedError(f"{directory}: another controller has taken epoch {newest} meanwhile")
+        epoch = newest + 1
         try:
             fd = os.open(directory / epoch_name(epoch), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:  # another controller was faster: it has that epoch, we take the next

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import history, journal, local, records, summary
+from exoflow_hpc import global_array, history, journal, local, records, summary, verification
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import (
@@ -42,11 +42,13 @@ __all__ = [
     "get_status",
     "list_all",
     "new_id",
+    "read_global",
     "resume",
     "resume_all",
     "run",
     "run_async",
     "submit",
+    "verify",
 ]
 
 #: of this process, if it is a rank: opened by the first run, closed at exit
@@ -244,6 +246,16 @@ def get_output(workflow_id: str, task: str | None = None, storage: str | os.Path
     return summary.output_value(Storage.locate(storage, create=False), workflow_id, task)
 
 
+def read_global(
+    workflow_id: str, name: str = "array", storage: str | os.PathLike[str] | None = None
+) -> global_array.GlobalArray:
+    """Return a global array of the committed `Shard` outputs of that name, to be indexed for its parts; reads none yet.
+
+    WorkflowNotFoundError; ExoFlowError if there is none, or its blocks don't fit together.
+    """
+    return global_array.find(Storage.locate(storage, create=False).directory(workflow_id), name)
+
+
 def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.PathLike[str] | None = None) -> Metadata:
     """Return what is known of a workflow, or of one of its tasks by name. WorkflowNotFoundError, ExoFlowError."""
     place = Storage.locate(storage, create=False)
@@ -251,25 +263,35 @@ def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.Pa
     spec = WorkflowSpec.from_bytes(place.spec(workflow_id))
     status, past = history.status_of(directory)
     committed = history.committed_tasks(spec, past.records)
-    whole = Metadata(workflow_id, status, len(spec.tasks), len(committed), past.epoch)
+    expired = history.expired_tasks(spec, past.records)
+    done = len(committed) + len(expired)
+    whole = Metadata(workflow_id, status, len(spec.tasks), done, past.epoch)
     if task is None:
         return whole
     index = spec.index(task)
     record = committed.get(index)
-    where = None
+    where = "removed by retention" if index in expired else None
     if record is not None:
         where = "journal" if isinstance(record.location, records.Inline) else record.location.file
     return Metadata(
         workflow_id,
         status,
         len(spec.tasks),
-        len(committed),
+        done,
         past.epoch,
         task,
         spec.tasks[index].checkpoint,
         None if record is None else record.nbytes,
         where,
     )
+
+
+def verify(workflow_id: str, storage: str | os.PathLike[str] | None = None) -> list[verification.Finding]:
+    """Check every checksum of a workflow and return what is damaged, each with file, task and entry; blocks on storage.
+
+    Changes nothing; may be called while the workflow runs. WorkflowNotFoundError, StorageError.
+    """
+    return verification.examine(Storage.locate(storage, create=False), workflow_id).findings
 
 
 def list_all(status: str | None = None, storage: str | os.PathLike[str] | None = None) -> list[tuple[str, str]]:

@@ -164,8 +164,7 @@ class _Compiler:
             data=tuple(index[key] for key in payload.data),
             after=_unique(index[id(other)] for other, committed in node.controls if not committed),
             barriers=_unique(index[id(other)] for other, committed in node.controls if committed),
-            # this version has nothing better to go by; a cost model will settle "auto" here
-            checkpoint="async" if mode == "auto" else mode,
+            checkpoint=mode,
             max_retries=node.options.max_retries,
             retry=self.blobs.add_object(kinds, lambda value: self._dump_retry(value, name)) if kinds else "",
             op=node.op if isinstance(node, ReduceNode) else "",

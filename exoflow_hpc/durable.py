@@ -12,7 +12,7 @@ from typing import Any
 
 from exoflow_hpc.errors import StorageError
 
-__all__ = ["fsync_directory", "storage_errors", "write_all", "write_atomically", "write_new"]
+__all__ = ["fsync_ancestors", "fsync_directory", "storage_errors", "write_all", "write_atomically", "write_new"]
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space, then resume",
@@ -44,6 +44,20 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def fsync_ancestors(path: str | os.PathLike[str]) -> None:
+    """Make the names that lead to *path* durable, up to the top of its file system; blocks. OSError.
+
+    Whoever made them may not have: a user's ``mkdir`` doesn't, nor does a process that was killed just after its own.
+    """
+    parents = Path(os.path.realpath(path)).parents
+    device = os.stat(parents[0]).st_dev
+    for directory in parents:
+        if os.stat(directory).st_dev != device:
+            break
+        with contextlib.suppress(PermissionError):  # not to be read by us, so not made by us
+            fsync_directory(directory)
 
 
 def write_all(fd: int, data: Any, offset: int | None = None) -> int:

@@ -6,10 +6,11 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
-from exoflow_hpc.errors import CanceledError, ExoFlowError
+from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
+from exoflow_hpc.semantics import descendants
 from exoflow_hpc.spec import WorkflowSpec
 
 __all__ = [
@@ -19,9 +20,13 @@ __all__ = [
     "check_output",
     "committed_tasks",
     "error_of",
+    "expired_tasks",
+    "facts_by_name",
     "facts_of",
+    "kept_files",
     "last_end",
     "load_output",
+    "standing_outputs",
     "status_of",
 ]
 
@@ -39,70 +44,167 @@ class Status:
     ALL = (PENDING, RUNNING, SUCCESSFUL, FAILED, CANCELED, RESUMABLE)
 
 
+K = TypeVar("K")
+V = TypeVar("V")
+
+
 @dataclass
-class Facts:
-    """What the journal says of the tasks of a workflow, by index of the task."""
+class Facts(Generic[K]):
+    """What the journal says of the tasks of a workflow, by index of the task, or by name."""
 
     #: committed and not void: the record that stands
-    committed: dict[int, records.TaskCommitted] = field(default_factory=dict)
+    committed: dict[K, records.TaskCommitted] = field(default_factory=dict)
+    #: the last such record of those that were committed and are not any more: void, or expired
+    gone: dict[K, records.TaskCommitted] = field(default_factory=dict)
+    #: those of them whose outputs retention has removed
+    expired: set[K] = field(default_factory=set)
     #: external tasks that were started and not rolled back since, in the order of their first start → the last start
-    effects: dict[int, records.TaskStarted] = field(default_factory=dict)
+    effects: dict[K, records.TaskStarted] = field(default_factory=dict)
+    #: those of them whose rollback was started → the last start of it
+    rollbacks: dict[K, records.RollbackStarted] = field(default_factory=dict)
+    #: external tasks that were undone, and neither started nor committed since: they have to come again
+    owed: set[K] = field(default_factory=set)
     #: last output of those in `effects`, void or not, for their rollbacks
-    results: dict[int, records.TaskCommitted] = field(default_factory=dict)
+    results: dict[K, records.TaskCommitted] = field(default_factory=dict)
     #: how often each was rolled back, where that is not 0
-    incarnations: dict[int, int] = field(default_factory=dict)
+    incarnations: dict[K, int] = field(default_factory=dict)
     #: highest attempt that is known
-    attempts: dict[int, int] = field(default_factory=dict)
+    attempts: dict[K, int] = field(default_factory=dict)
     #: taken to be deterministic, but gave two outputs
-    deviant: set[int] = field(default_factory=set)
+    deviant: set[K] = field(default_factory=set)
     #: checksums of outputs that something saw that stands, or that were committed themselves, and are not now: the same is to come again
-    seen: dict[int, str] = field(default_factory=dict)
+    seen: dict[K, str] = field(default_factory=dict)
 
 
-def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts:
-    """Return what a history says. The first record of a task counts, as consumers may have seen that output, unless it is void."""
-    facts = Facts()
+def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None = None) -> Facts[str]:
+    """Return what a history says. The first record of a task counts, as consumers may have seen that output, unless it is void.
+
+    spec: without it, `Facts.seen` may have outputs whose inputs came out another one since.
+    """
+    facts = Facts[str]()
     for wire in history:
         record = records.decode(wire)
         if isinstance(record, records.TaskCommitted):
-            _commit(facts, spec, record)
-        elif isinstance(record, records.TaskVoided):
-            task = spec.index(record.task_id)
-            known = facts.committed.pop(task, None)
-            if known is not None:
-                facts.seen[task] = known.checksum
+            _commit(facts, record, spec)
+        elif isinstance(record, (records.TaskVoided, records.TaskExpired)):
+            _void(facts, record)
         elif isinstance(record, records.TaskStarted):
-            task = spec.index(record.task_id)
-            facts.effects[task] = record
-            facts.attempts[task] = max(record.attempt, facts.attempts.get(task, -1))
+            facts.effects[record.task_id] = record
+            facts.owed.discard(record.task_id)
+            _take_attempt(facts, record.task_id, record.attempt)
+            _see(facts, record.consumed)
+        elif isinstance(record, records.RollbackStarted):
+            facts.rollbacks[record.task_id] = record
+            _take_attempt(facts, record.task_id, record.attempt)
         elif isinstance(record, records.TaskRolledBack):
-            task = spec.index(record.task_id)
-            facts.incarnations[task] = record.incarnation
-            facts.effects.pop(task, None)
-            facts.results.pop(task, None)
+            _roll_back(facts, record)
         elif isinstance(record, records.TaskDeviated):
-            facts.deviant.add(spec.index(record.task_id))
+            facts.deviant.add(record.task_id)
     return facts
 
 
-def _commit(facts: Facts, spec: WorkflowSpec, record: records.TaskCommitted) -> None:
-    task = spec.index(record.task_id)
-    facts.attempts[task] = max(record.attempt, facts.attempts.get(task, -1))
+def _void(facts: Facts[str], record: records.TaskVoided | records.TaskExpired) -> None:
+    task = record.task_id
+    known = facts.committed.pop(task, None)
+    if known is None:
+        return
+    facts.gone[task] = known
+    if isinstance(record, records.TaskExpired):
+        facts.expired.add(task)
+    elif record.lost:
+        # whoever else saw those is void, too, or will see the same again
+        for name, _ in known.consumed:
+            facts.seen.pop(name, None)
+        return
+    facts.seen[task] = known.checksum
+    if isinstance(record, records.TaskVoided):  # it is damaged: nobody can be given it
+        facts.results.pop(task, None)
+
+
+def _roll_back(facts: Facts[str], record: records.TaskRolledBack) -> None:
+    task = record.task_id
+    facts.incarnations[task] = record.incarnation
+    facts.owed.add(task)
+    start = facts.effects.pop(task, None)
+    if start is not None:  # what it has seen may come out another one
+        for name, _ in start.consumed:
+            facts.seen.pop(name, None)
+    facts.results.pop(task, None)
+    facts.rollbacks.pop(task, None)
+
+
+def _take_attempt(facts: Facts[str], task: str, attempt: int) -> None:
+    facts.attempts[task] = max(attempt, facts.attempts.get(task, -1))
+
+
+def _see(facts: Facts[str], consumed: Iterable[Any]) -> None:
+    for source, checksum in consumed:
+        if source not in facts.committed:
+            facts.seen[source] = checksum
+
+
+def _commit(facts: Facts[str], record: records.TaskCommitted, spec: WorkflowSpec | None) -> None:
+    task = record.task_id
+    _take_attempt(facts, task, record.attempt)
     if task in facts.committed:
         return
+    facts.owed.discard(task)
+    if spec is not None and facts.seen and (task in facts.deviant or not spec.tasks[spec.index(task)].deterministic):
+        # what was computed from the value before this one is void, and may come out another one
+        for index in descendants(spec.tasks, [spec.index(task)]):
+            facts.seen.pop(spec.tasks[index].name, None)
     facts.committed[task] = record
+    facts.gone.pop(task, None)
+    facts.expired.discard(task)
     facts.seen.pop(task, None)
     if task in facts.effects:
         facts.results[task] = record
-    for name, checksum in record.consumed:
-        source = spec.index(name)
-        if source not in facts.committed:
-            facts.seen[source] = checksum
+    _see(facts, record.consumed)
+
+
+def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts[int]:
+    """Return the same by index of the task."""
+    named = facts_by_name(history, spec)
+
+    def index(table: dict[str, V]) -> dict[int, V]:
+        return {spec.index(task): value for task, value in table.items()}
+
+    return Facts(
+        committed=index(named.committed),
+        gone=index(named.gone),
+        expired={spec.index(task) for task in named.expired},
+        effects=index(named.effects),
+        rollbacks=index(named.rollbacks),
+        owed={spec.index(task) for task in named.owed},
+        results=index(named.results),
+        incarnations=index(named.incarnations),
+        attempts=index(named.attempts),
+        deviant={spec.index(task) for task in named.deviant},
+        seen=index(named.seen),
+    )
 
 
 def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> dict[int, records.TaskCommitted]:
     """Return index of task → its record, of those that are committed and not void."""
     return facts_of(spec, history).committed
+
+
+def expired_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> set[int]:
+    """Return the tasks that were committed and whose outputs retention has removed since."""
+    return facts_of(spec, history).expired
+
+
+def standing_outputs(history: Iterable[dict[str, Any]]) -> dict[str, records.TaskCommitted]:
+    """Return name of task → its record: the same as `committed_tasks`, without a spec."""
+    return facts_by_name(history).committed
+
+
+def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the checkpoint files that rollbacks may yet be given: inputs and outputs of effects that were not undone, void or not."""
+    facts = facts_by_name(history)
+    places = [records.location_of(place) for start in facts.effects.values() for place, _, _ in start.inputs]
+    places += [record.location for record in facts.results.values()]
+    return {place.file for place in places if isinstance(place, records.InCheckpoint)}
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:
@@ -133,9 +235,18 @@ def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.H
 
 
 def check_output(workflow_dir: Path, record: records.TaskCommitted) -> None:
-    """Raise CorruptCheckpointError if a committed output is not what was written. Runs no user code."""
-    if isinstance(record.location, records.InCheckpoint):
-        checkpoint.read(workflow_dir, record.location.file, record.location.entry, record.checksum)
+    """Raise CorruptCheckpointError if a committed output is not what was written. Runs no user code. StorageError."""
+    place = record.location
+    if isinstance(place, records.InCheckpoint):
+        checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
+        return
+    from hoplite_mpi.meta import Meta
+
+    found = serialize.checksum(Meta.from_wire(record.meta), place.data)
+    if found != record.checksum:
+        raise CorruptCheckpointError(
+            f"the output of task {record.task_id} in the journal has the checksum {found}, not {record.checksum}"
+        )
 
 
 def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:

@@ -7,10 +7,12 @@ appends later does not exist. This module doesn't know what the records mean: se
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,11 @@ import msgpack
 
 from exoflow_hpc._epochs import append_fence, epoch_name, list_epochs, read_fence, take_epoch
 from exoflow_hpc._frames import MAX_PAYLOAD, Scan, frame, prefix_digest, scan
-from exoflow_hpc.durable import storage_errors, write_all
+from exoflow_hpc.durable import fsync_ancestors, storage_errors, write_all
 from exoflow_hpc.errors import CorruptJournalError, ExoFlowError, FencedError, JournalBrokenError
 from hoplite_mpi.testing import fault
 
-__all__ = ["History", "Journal", "TornTail", "read"]
+__all__ = ["History", "Journal", "TornTail", "inspect", "read"]
 
 #: type of the record that begins each file
 _SEAL = "seal"
@@ -59,7 +61,8 @@ class History:
 def read(workflow_dir: str | os.PathLike[str]) -> History:
     """Return what is committed, without taking an epoch or disturbing a controller at work; blocks on storage.
 
-    CorruptJournalError, StorageError.
+    What it returns stays: a record that was written and not yet fsynced is fsynced here. CorruptJournalError,
+    StorageError.
     """
     directory = Path(workflow_dir) / "journal"
     with storage_errors("read the journal in", directory):
@@ -71,31 +74,59 @@ def read(workflow_dir: str | os.PathLike[str]) -> History:
     return history
 
 
-def _read(directory: Path, epochs: list[int], *, durably: bool = False) -> History:
-    """Read the files of *epochs*, newest first, since the newest seal says how much of all older ones exists."""
-    if epochs != list(range(1, len(epochs) + 1)):
+def inspect(workflow_dir: str | os.PathLike[str]) -> tuple[History, list[tuple[str, str]]]:
+    """Return as much as can be read, and (path, what is wrong) for each file that is damaged or missing. StorageError."""
+    directory = Path(workflow_dir) / "journal"
+    problems: list[tuple[str, str]] = []
+    with storage_errors("read the journal in", directory):
+        for _ in range(10):
+            # before the files are listed: an epoch has its file first, so FENCE never knows more than there is
+            fence = read_fence(directory.parent / "FENCE")
+            epochs = list_epochs(directory)
+            problems.clear()
+            history = _read(directory, epochs, problems)
+            if list_epochs(directory) == epochs:
+                break
+    for epoch in sorted({*range(1, max([fence, *epochs]) + 1)} - {*epochs}):
+        problems.append((str(directory / epoch_name(epoch)), "the file is missing"))
+    return history, problems
+
+
+def _read(directory: Path, epochs: list[int], problems: list[tuple[str, str]] | None = None) -> History:
+    """Read the files of *epochs*, newest first, since the newest seal says how much of all older ones exists.
+
+    With *problems*, damage is added to it and not raised, and what can be read of such a file counts.
+    """
+    if problems is None and epochs != list(range(1, len(epochs) + 1)):
         raise CorruptJournalError(
             f"{directory} has the epochs {epochs}, so a file is missing: restore it from a backup"
         )
-    history = History(epoch=len(epochs))
+
+    def damaged(path: Path, text: str) -> None:
+        if problems is None:
+            raise CorruptJournalError(f"{path} {text}")
+        problems.append((str(path), text))
+
+    history = History(epoch=max(epochs, default=0))
     limits: dict[int, list[Any]] | None = None
     parts: list[list[dict[str, Any]]] = []
     for epoch in reversed(epochs):
         path = directory / epoch_name(epoch)
         if limits is None:
-            found, data = _scan_open_end(epoch, path, durably)
+            found, data = _scan_open_end(epoch, path, damaged)
             if found.torn:
                 history.torn.append(TornTail(str(path), found.accepted, found.torn))
+        elif epoch not in limits:
+            damaged(path, "is not named by the seal of a newer epoch")
+            continue
         else:
-            if epoch not in limits:
-                raise CorruptJournalError(f"{directory}: the seal of a newer epoch doesn't name {path.name}")
-            found, data = _scan_sealed(epoch, path, limits[epoch])
+            found, data = _scan_sealed(epoch, path, limits[epoch], damaged)
         records = found.records
         history.seals.append([epoch, found.accepted, prefix_digest(memoryview(data)[: found.accepted]), len(records)])
         if records:
             if records[0].get("type") != _SEAL or records[0].get("epoch") != epoch:
-                raise CorruptJournalError(f"{path} at offset 0: the file doesn't begin with the seal of epoch {epoch}")
-            if limits is None:
+                damaged(path, f"at offset 0: the file doesn't begin with the seal of epoch {epoch}")
+            elif limits is None:
                 limits = {seal[0]: seal for seal in records[0]["files"]}
         parts.append(records[1:])
     history.seals.reverse()
@@ -104,32 +135,34 @@ def _read(directory: Path, epochs: list[int], *, durably: bool = False) -> Histo
     return history
 
 
-def _scan_open_end(epoch: int, path: Path, durably: bool) -> tuple[Scan, bytes]:
-    """Scan a file that no seal limits; its writer may still be at work."""
-    data = _read_file(path, durably)
+def _scan_open_end(epoch: int, path: Path, damaged: Callable[[Path, str], None]) -> tuple[Scan, bytes]:
+    """Scan a file that no seal limits; its writer may still be at work. What is found is durable."""
+    data = _read_file(path, True)
     found = scan(epoch, data)
     if found.valid_after is not None:
         # A frame seen half-written, and a later one whole, can come from reading while it grew. Then a second look
         # finds the first one whole.
-        again = _read_file(path, durably)
+        again = _read_file(path, True)
         second = scan(epoch, again)
         if second.valid_after is not None and second.accepted == found.accepted:
-            raise CorruptJournalError(
-                f"{path} is corrupt at offset {second.accepted}: a valid record follows at {second.valid_after}; "
-                "restore it from a backup"
+            damaged(
+                path,
+                f"is corrupt at offset {second.accepted}: a valid record follows at {second.valid_after}; "
+                "restore it from a backup",
             )
         found, data = second, again
     return found, data
 
 
-def _scan_sealed(epoch: int, path: Path, seal: list[Any]) -> tuple[Scan, bytes]:
+def _scan_sealed(epoch: int, path: Path, seal: list[Any], damaged: Callable[[Path, str], None]) -> tuple[Scan, bytes]:
     _, nbytes, digest, count = seal
     data = _read_file(path, False)[:nbytes]
     found = scan(epoch, data)
     if len(data) < nbytes or found.accepted != nbytes or len(found.records) != count or prefix_digest(data) != digest:
-        raise CorruptJournalError(
-            f"{path} is corrupt at offset {found.accepted}: {nbytes} bytes with {count} records were sealed, and not "
-            "all are there as they were; restore it from a backup"
+        damaged(
+            path,
+            f"is corrupt at offset {found.accepted}: {nbytes} bytes with {count} records were sealed, and not "
+            "all are there as they were; restore it from a backup",
         )
     return found, data
 
@@ -141,16 +174,24 @@ def _read_file(path: Path, durably: bool) -> bytes:
         if durably:
             # After a failed fsync the kernel may keep pages as clean that never got to the disk: flush, forget, and
             # read what is there.
-            os.fsync(fd)
+            _flush(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         parts = []
         while part := os.read(fd, 16 << 20):
             parts.append(part)
         if durably:
-            os.fsync(fd)  # for what was appended between the flush and the read
+            _flush(fd)  # for what was appended between the flush and the read
         return b"".join(parts)
     finally:
         os.close(fd)
+
+
+def _flush(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # where nothing can be written, all that is there is durable
+            raise
 
 
 class Journal:
@@ -180,22 +221,25 @@ class Journal:
         self._thread = threading.Thread(target=self._commit_forever, name=f"journal-{epoch}", daemon=True)
 
     @classmethod
-    def open(cls, workflow_dir: str | os.PathLike[str]) -> tuple[Journal, History]:
+    def open(cls, workflow_dir: str | os.PathLike[str], after: int | None = None) -> tuple[Journal, History]:
         """Take the next epoch and return its journal with all that is committed; blocks on storage.
 
-        From here on every older epoch gets FencedError. FencedError: a yet newer one has come already.
-        CorruptJournalError, StorageError.
+        From here on every older epoch gets FencedError. FencedError: a yet newer one has come already, or one newer
+        than *after*. CorruptJournalError, StorageError.
         """
         workflow_dir = Path(workflow_dir)
         directory = workflow_dir / "journal"
         with storage_errors("take over the journal in", directory):
-            epoch, fd = take_epoch(directory)
+            epoch, fd = take_epoch(directory, after)
             try:
                 fault.point("journal.epoch_created")
                 append_fence(workflow_dir / "FENCE", epoch)
+                # whoever created the workflow may have been killed before it could, and nothing that is committed may
+                # be lost by the name of a directory above it
+                fsync_ancestors(directory)
                 # only now: whatever an older epoch makes durable after this moment, it finds the fence before it
                 # acknowledges it
-                history = _read(directory, list(range(1, epoch)), durably=True)
+                history = _read(directory, list(range(1, epoch)))
                 self = cls(workflow_dir, epoch, fd)
             except BaseException:
                 os.close(fd)
@@ -257,6 +301,9 @@ class Journal:
             self._thread.join()
         with self._wakeup:
             if self._fd >= 0:
+                if self._error is None:  # what was reserved ahead is given back
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._fd, self._size)
                 os.close(self._fd)
                 self._fd = -1
 

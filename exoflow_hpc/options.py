@@ -37,8 +37,8 @@ class TaskOptions:
     ``_2``, …
     checkpoint: ``"sync"`` (consumers wait until the output is durable), ``"async"`` (consumers start at once, the
     workflow
-    ends when the output is durable), ``"skip"`` (never written, unless it is the workflow's output), ``"auto"`` (what
-    the workflow says; if it says nothing, as ``"async"``).
+    ends when the output is durable), ``"skip"`` (written only as the workflow's output, or where the rules ask for it), ``"auto"`` (what
+    the workflow says; if it says nothing, as ``"async"`` where that is worth it: see `semantics.is_worth_writing`).
     max_retries: how often the task is started again after a crash of its worker, a timeout, or an exception of
     `retry_exceptions`, all counted together. Lost ranks are counted apart (`Settings.max_rank_losses`).
     retry_exceptions: True (every `Exception`), False or () (none), or a tuple of exception types.

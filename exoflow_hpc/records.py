@@ -14,8 +14,10 @@ __all__ = [
     "Inline",
     "Location",
     "Record",
+    "RollbackStarted",
     "TaskCommitted",
     "TaskDeviated",
+    "TaskExpired",
     "TaskFailed",
     "TaskRolledBack",
     "TaskStarted",
@@ -85,6 +87,19 @@ class TaskStarted:
     #: where the outputs are that it takes, in the order of `TaskSpec.data`, for its rollback: [location, meta, checksum] each; empty
     #: for a task without one
     inputs: list[Any] = dataclasses.field(default_factory=list)
+    #: as in `TaskCommitted`
+    consumed: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackStarted:
+    """A rollback is about to be dispatched: from here on somebody may be at it."""
+
+    type: ClassVar[str] = "rollback_started"
+    task_id: str
+    attempt: int
+    #: as in `TaskStarted`
+    process: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +152,17 @@ class TaskVoided:
     attempt: int
     #: why, for people: it names the file
     message: str
+    #: the second reason: what comes anew may be another value, as may all that it was computed from
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaskExpired:
+    """The committed output of *attempt* was removed by retention: nobody needs it, and it can be computed again."""
+
+    type: ClassVar[str] = "task_expired"
+    task_id: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +190,12 @@ class WorkflowFinished:
 Record = (
     WorkflowStarted
     | TaskStarted
+    | RollbackStarted
     | TaskRolledBack
     | TaskDeviated
     | TaskCommitted
     | TaskVoided
+    | TaskExpired
     | TaskFailed
     | WorkflowFinished
 )

@@ -32,6 +32,7 @@ from .scheduler_events import (
     Release,
     RetryAfter,
     RetryDue,
+    RollbackEnded,
     RollbackFailed,
     RolledBack,
     Start,
@@ -41,7 +42,7 @@ from .scheduler_events import (
     TaskFinished,
     Voided,
 )
-from .semantics import plan
+from .semantics import is_worth_writing, plan
 from .settings import Settings
 from .spec import WorkflowSpec
 from .task_table import Held, TaskState, TaskTable
@@ -66,7 +67,7 @@ class Scheduler:
     attempts: the highest attempt number that earlier epochs may have used, by task: no two attempts share an id (R10c).
     effects: external tasks that were started and not rolled back since, in the order of their first start.
     unseen: (task, attempt) of external tasks that may still run somewhere, until `AttemptsOver`. deviant: tasks that are
-    taken to be deterministic and are not (R12).
+    taken to be deterministic and are not (R12). owed: tasks whose effects were undone and have not come again yet.
     seed: the waits before retries are drawn from it; the same seed, the same waits.
 
     Promises: each task that runs and whose checkpoint is not ``"skip"`` is committed before the run is SUCCESSFUL, even
@@ -84,12 +85,14 @@ class Scheduler:
         effects: Sequence[int] = (),
         unseen: Iterable[tuple[int, int]] = (),
         deviant: Iterable[int] = (),
+        owed: Iterable[int] = (),
         seed: str = "",
     ) -> None:
         self.spec = spec
         self._settings = settings or Settings()
         self._known = frozenset(committed)
         self._deviant = frozenset(deviant)
+        self._owed = frozenset(owed)
         self._undoing = Undoing(spec.tasks, effects, unseen)
         varying = {t.index for t in spec.tasks if not t.deterministic} | self._deviant
         self._table = TaskTable(spec, varying, self._undoing.effects, self)
@@ -102,9 +105,12 @@ class Scheduler:
             self._attempt[task] = attempt
         #: task → attempt for each `Commit` without an answer
         self._committing: dict[int, int] = {}
+        #: the same, also where nobody waits for the answer any more, since the output is lost: it may get through all the same
+        self._asked: dict[int, int] = {}
         self._commit_failures: dict[int, int] = {}
         self._failures: dict[int, int] = {}
         self._losses: dict[int, int] = {}
+        self._rollback_failures: dict[int, int] = {}
         self._seed = seed
         #: task → its attempt that failed, for those that wait before they run again
         self._delayed: dict[int, int] = {}
@@ -171,6 +177,10 @@ class Scheduler:
         """Return where *task* stands."""
         return self._table.state[task]
 
+    def is_current(self, task: int, attempt: int) -> bool:
+        """Whether the result of *attempt* would be taken."""
+        return self._is_current(task, attempt)
+
     def attempt(self, task: int) -> int:
         """Return the number of the latest attempt of *task*, -1 if there was none."""
         return self._attempt[task]
@@ -192,12 +202,14 @@ class Scheduler:
         if self._started:
             raise ValueError("Start was handled before")
         self._started = True
-        begin = plan(self.spec.tasks, self.spec.output, self._known, tuple(self._undoing.effects), self._deviant)
+        begin = plan(
+            self.spec.tasks, self.spec.output, self._known, tuple(self._undoing.effects), self._deviant, self._owed
+        )
         if begin.conflict is not None:
             self._refuse(*begin.conflict)
             return
         for task in begin.void:
-            self._out.append(self._undoing.void(task))
+            self._out.append(self._undoing.void(task, self._attempt[task]))
         self._undoing.undo(begin.undo)
         self._table.begin(begin)
         # what may still run somewhere must not run twice at a time
@@ -232,6 +244,11 @@ class Scheduler:
             if held is None or held.attempt != attempt:  # late, not just said twice
                 self.released(task, attempt)
             return
+        spec = self.spec.tasks[task]
+        if spec.checkpoint == "auto" and event.nbytes > INLINE_LIMIT:
+            consumers = self._table.consumers(task)
+            if not is_worth_writing(spec, event.seconds, event.write_seconds, consumers):
+                self._table.let_off(task)
         incarnation = self._ranks.incarnation(event.rank)
         self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
         if task in self._table.due:
@@ -273,6 +290,8 @@ class Scheduler:
     def _on_committed(self, event: TaskCommitted) -> None:
         task = event.task
         self._check_attempt(task, event.attempt)
+        if self._asked.get(task) == event.attempt:
+            del self._asked[task]
         if self._undoing.is_void(task, event.attempt):
             return
         self._committing.pop(task, None)
@@ -285,6 +304,8 @@ class Scheduler:
 
     def _on_commit_failed(self, event: CommitFailed) -> None:
         task = event.task
+        if self._asked.get(task) == event.attempt:
+            del self._asked[task]
         if self._committing.get(task) != event.attempt:
             return
         del self._committing[task]
@@ -312,6 +333,10 @@ class Scheduler:
     def _on_voided(self, event: Voided) -> None:
         self._undoing.voided(event.task)
 
+    def _on_rollback_ended(self, event: RollbackEnded) -> None:
+        if self._undoing.rolling == (event.task, event.attempt):
+            self._ranks.end(event.task, event.attempt)  # whatever becomes of that rank: the record is what counts now
+
     def _on_rolled_back(self, event: RolledBack) -> None:
         if self._undoing.rolling == (event.task, event.attempt):
             self._ranks.end(event.task, event.attempt)
@@ -324,7 +349,8 @@ class Scheduler:
             return
         self._ranks.end(event.task, event.attempt)
         self._undoing.stopped()
-        count = self._failures if not event.lost else self._losses
+        self._undoing.is_over(event.task, event.attempt)
+        count = self._losses if event.lost else self._rollback_failures
         count[event.task] = count.get(event.task, 0) + 1
         allowed = self._settings.max_rank_losses if event.lost else self.spec.tasks[event.task].max_retries
         if count[event.task] > allowed:
@@ -360,19 +386,29 @@ class Scheduler:
 
     def voided(self, task: int, running: bool, committed: bool) -> None:
         self._undoing.give_up(task, self._attempt[task])
-        if running:
+        if running and self._undoing.rolling != (task, self._attempt[task]):
             self._cancel_attempt(task)
-        if self._committing.pop(task, None) is not None or committed:
-            self._out.append(self._undoing.void(task))
+        self._undone_first.pop(task, None)
+        if self._forget_commit(task) or committed:
+            self._out.append(self._undoing.void(task, self._attempt[task]))
         if task in self._undoing.effects:
             if not self.spec.tasks[task].rollback:
                 above = [index for index in self._table.wanted if index not in self._table.committed]
                 self._refuse(above[0], task)
             self._undoing.undo([task])
 
-    def repeated(self, task: int) -> None:
-        if not self.spec.tasks[task].idempotent:
+    def redone(self, task: int) -> None:
+        self._undoing.give_up(task, self._attempt[task])
+        if self._forget_commit(task):
+            self._out.append(self._undoing.void(task, self._attempt[task]))
+        if task in self._undoing.effects and not self.spec.tasks[task].idempotent:
             self._undoing.undo([task])
+            self._table.must_come_again(task)
+
+    def _forget_commit(self, task: int) -> bool:
+        """Whether a commit of the task is under way, that must not count any more."""
+        self._committing.pop(task, None)
+        return self._asked.pop(task, None) is not None
 
     def held_back(self, tasks: Iterable[int]) -> None:
         self._undoing.hold(tasks)
@@ -390,7 +426,7 @@ class Scheduler:
     def _commit(self, task: int) -> None:
         held = self._table.held[task]
         assert held is not None, "what is due is not released, and what is lost is not being committed"
-        self._committing[task] = held.attempt
+        self._committing[task] = self._asked[task] = held.attempt
         self._out.append(Commit(task, held.attempt))
 
     def _lose(self, outputs: Iterable[tuple[int, int]]) -> None:
@@ -549,6 +585,7 @@ _HANDLERS: dict[type, Any] = {
     ObjectsLost: Scheduler._on_objects_lost,
     AttemptsOver: Scheduler._on_attempts_over,
     Voided: Scheduler._on_voided,
+    RollbackEnded: Scheduler._on_rollback_ended,
     RolledBack: Scheduler._on_rolled_back,
     RollbackFailed: Scheduler._on_rollback_failed,
     Cancel: Scheduler._on_cancel,

@@ -28,6 +28,7 @@ __all__ = [
     "RetryAfter",
     "RetryDue",
     "Rollback",
+    "RollbackEnded",
     "RollbackFailed",
     "RolledBack",
     "Start",
@@ -82,6 +83,14 @@ class Voided:
 
 
 @dataclass(frozen=True, slots=True)
+class RollbackEnded:
+    """A rollback has done its work; the record that says so is on its way into the journal."""
+
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class RolledBack:
     """The journal durably says that the effect of a task is undone (see `Rollback`)."""
 
@@ -110,6 +119,9 @@ class TaskFinished:
     attempt: int
     rank: int
     nbytes: int = 0
+    #: that the attempt took, and that its output would take to be made durable
+    seconds: float = 0.0
+    write_seconds: float = 0.0
     quick: bool = False
 
 
@@ -192,6 +204,7 @@ Event = (
     | ObjectsLost
     | AttemptsOver
     | Voided
+    | RollbackEnded
     | RolledBack
     | RollbackFailed
     | Cancel
@@ -251,9 +264,13 @@ class CancelAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Void:
-    """Void the output of a task, and whatever of it is on its way into the journal (R5); answer with `Voided`."""
+    """Void the output of a task, and whatever of it is on its way into the journal (R5); answer with `Voided`.
+
+    attempt: the latest one that is meant.
+    """
 
     task: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ __all__ = [
     "descendants",
     "gates",
     "is_irrevocable",
+    "is_worth_writing",
     "known_to_have_happened",
     "must_run_again",
     "plan",
@@ -131,8 +132,10 @@ class Plan:
     hold: frozenset[int]
     #: tasks that have to run, in topological order
     wanted: tuple[int, ...]
-    #: tasks that have finished once, in this run or another, and are not void
+    #: tasks that have finished once, in this run or another, and are neither void nor undone
     happened: frozenset[int]
+    #: external tasks that were undone, and have to come again
+    owed: frozenset[int] = frozenset()
     #: task with an irrevocable effect → tasks that are committed before it starts, whatever their options say (R3)
     gates: dict[int, frozenset[int]] = field(default_factory=dict)
     #: (task that would give another value, effect for good that stands on the first one): the rules can't be kept
@@ -145,17 +148,19 @@ def plan(
     committed: Collection[int],
     effects: Sequence[int] = (),
     deviant: Container[int] = (),
+    owed: Collection[int] = (),
 ) -> Plan:
     """Return what a run begins with, given what the journal says.
 
     effects: external tasks that were started and not rolled back since, finished or not. deviant: tasks that are taken to be
-    deterministic, but have given two outputs (R12).
+    deterministic, but have given two outputs (R12). owed: external tasks whose effects were undone, and that were not
+    started since.
     """
     standing, touched = set(committed), set(committed) | set(effects)
-    roots, void = {output}, set[int]()
+    roots, void = {output, *owed}, set[int]()
     while True:
         happened = known_to_have_happened(tasks, standing | (set(effects) - void))
-        needed = wanted(tasks, roots, standing, happened - void)
+        needed = wanted(tasks, roots, standing, happened - void - set(owed))
         sources = [index for index in needed if _varies(tasks[index], deviant)]
         fresh = [index for index in descendants(tasks, sources) if index in touched and index not in void]
         if not fresh:
@@ -185,7 +190,8 @@ def plan(
         frozenset(undo),
         frozenset(hold),
         tuple(needed),
-        frozenset((standing | happened) - void),
+        frozenset((standing | happened) - void - undo - set(owed)),
+        frozenset(owed),
         gates(tasks, output, needed, standing, deviant),
         conflict,
     )
@@ -264,6 +270,21 @@ def _is_cut_off(
                 return False
             pending.append(index)
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoint="auto"
+#: a checkpoint may take this many times as long as what it saves has taken: it is written beside other work, and only once
+_MOST_WRITING = 10.0
+
+
+def is_worth_writing(task: TaskSpec, seconds: float, write_seconds: float, consumers: int) -> bool:
+    """Return whether the output of a task with ``checkpoint="auto"`` should be committed.
+
+    seconds: that the task has taken; write_seconds: that its output will take; consumers: tasks that wait for it, and would
+    wait again if it was lost. What varies counts twice: if it is lost, all that was computed from it is lost as well (R5).
+    """
+    saved = seconds * max(1, consumers) * (1 if task.deterministic else 2)
+    return write_seconds <= _MOST_WRITING * saved
 
 
 def _is_promised(tasks: Sequence[TaskSpec], output: int, index: int) -> bool:

@@ -5,29 +5,33 @@ each aligned to 64 bytes::
 
     magic (8) | kind (u32) | buffers (u32) | bytes of the pickle (u64) | bytes of each buffer (u64 each) | pickle |
     buffer 0 | ...
+
+A `Shard` is a container whose payload says in msgpack where its only buffer, the block, belongs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pickle
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgpack
 import numpy as np
 
+from exoflow_hpc import checksums
 from exoflow_hpc.pickling import PROTOCOL, dumps
+from exoflow_hpc.shards import Shard, ShardInfo
 from hoplite_mpi.meta import Meta
 
-__all__ = ["Part", "Plan", "checksum", "pack", "parts", "unpack"]
+__all__ = ["Part", "Plan", "begin_checksum", "checksum", "pack", "parts", "pieces", "shard_info", "unpack"]
 
 _MAGIC = b"EXOVAL\x00\x01"
 _HEAD = struct.Struct("<8sIIQ")
-#: payload of a container: a pickle, or one bytes object as it is (pickling it would copy it)
-_PICKLE, _BYTES = 0, 1
+#: payload of a container: a pickle, one bytes object as it is (pickling it would copy it), or what a shard is of
+_PICKLE, _BYTES, _SHARD = 0, 1, 2
 _ALIGN = 64
 #: between the header and the pickle of a value without buffers
 _PADDING = bytes(-_HEAD.size % _ALIGN)
@@ -66,7 +70,7 @@ def parts(buffer: Any) -> list[Part] | None:
     if len(view) < _HEAD.size:
         return None
     magic, kind, count, pickled = _HEAD.unpack_from(view)
-    if magic != _MAGIC or kind not in (_PICKLE, _BYTES) or count > (len(view) - _HEAD.size) // 8:
+    if magic != _MAGIC or kind not in (_PICKLE, _BYTES, _SHARD) or count > (len(view) - _HEAD.size) // 8:
         return None
     lengths = [pickled, *struct.unpack_from(f"<{count}Q", view, _HEAD.size)]
     found, end = _layout(lengths)
@@ -127,7 +131,13 @@ def pack(value: Any) -> Plan:
     if type(value) is np.ndarray and _plain(value.dtype):
         return Plan(Meta.of_array(value), value, [], _PICKLE)
     buffers: list[pickle.PickleBuffer] = []
-    if type(value) is bytes:
+    if type(value) is Shard:
+        if not _plain(value.array.dtype):
+            raise TypeError(f"a shard of dtype {value.array.dtype} can't be stored: use a dtype of NumPy's own")
+        block = np.asarray(value.array, order="C")
+        info = [value.name, value.offset, value.shape, Meta.of_array(block).to_wire()]
+        chunks, kind = [memoryview(msgpack.packb(info)), _raw(block)], _SHARD
+    elif type(value) is bytes:
         chunks, kind = [memoryview(value)], _BYTES
     else:
         try:
@@ -168,16 +178,66 @@ def unpack(meta: Meta, buffer: Any) -> Any:
     if found is None:
         raise ValueError(f"these {meta.nbytes} bytes aren't a packed value")
     chunks = [view[part.offset : part.offset + part.nbytes] for part in found[1:]]
-    if _HEAD.unpack_from(view)[1] == _BYTES:
+    kind = _HEAD.unpack_from(view)[1]
+    if kind == _BYTES:
         return bytes(chunks[0])
+    if kind == _SHARD:
+        info = _shard_info(chunks[0])
+        block: np.ndarray[Any, Any] = np.ndarray(info.block, info.dtype, chunks[1] if len(chunks[1]) else None)
+        block.flags.writeable = False
+        return Shard(block, info.offset, info.shape, info.name)
     return pickle.loads(chunks[0], buffers=chunks[1:])
 
 
-def checksum(meta: Meta, buffer: Any) -> str:
-    """Return blake2b-16 of *meta* and the bytes of *buffer*, in hex. Lets other threads run meanwhile."""
-    digest = hashlib.blake2b(msgpack.packb(meta.to_wire()), digest_size=16)
-    digest.update(memoryview(buffer))
-    return digest.hexdigest()
+def shard_info(meta: Meta, buffer: Any) -> ShardInfo | None:
+    """Return what a packed `Shard` says of itself, None if this is something else. Its block need not be in *buffer*."""
+    view = memoryview(buffer)
+    if meta.kind == "ndarray" or view.nbytes < _HEAD.size:
+        return None
+    magic, kind, count, size = _HEAD.unpack_from(view)
+    if magic != _MAGIC or kind != _SHARD:
+        return None
+    start = _align(_HEAD.size + 8 * count)
+    return _shard_info(view[start : start + size])
+
+
+def _shard_info(data: memoryview) -> ShardInfo:
+    name, offset, shape, wire = msgpack.unpackb(data)
+    meta = Meta.from_wire(wire)
+    assert meta.dtype is not None
+    return ShardInfo(name, tuple(offset), tuple(shape), tuple(meta.shape), meta.dtype)
+
+
+def _raw(block: np.ndarray[Any, Any]) -> memoryview:
+    """Return the bytes of a contiguous array, whatever its dtype: some have no buffer format."""
+    return block.reshape(-1).view(np.uint8).data if block.nbytes else memoryview(b"")
+
+
+def checksum(meta: Meta, buffer: Any, like: str = "") -> str:
+    """Return the checksum of *meta* and the bytes of *buffer*, see `exoflow_hpc.checksums`. Lets other threads run meanwhile.
+
+    like: an earlier one, which says by its form how it was made.
+    """
+    view = memoryview(buffer)
+    wire = msgpack.packb(meta.to_wire())
+    if view.nbytes <= checksums.LEAF or (like and not like.startswith(checksums.TREE)):
+        return checksums.linear(wire, view)
+    view = view.cast("B")
+    return checksums.tree(wire, view, [(part.offset, part.nbytes) for part in pieces(meta, view)])
+
+
+def begin_checksum(meta: Meta, view: memoryview, pool: Executor) -> checksums.Tree | Future[str]:
+    """Have *pool* compute the checksum; a `Tree`, for each of the `pieces`, if the output is a large one."""
+    wire = msgpack.packb(meta.to_wire())
+    if view.nbytes <= checksums.LEAF:
+        return pool.submit(checksums.linear, wire, view)
+    return checksums.Tree(wire, view, [(part.offset, part.nbytes) for part in pieces(meta, view)], pool)
+
+
+def pieces(meta: Meta, view: memoryview) -> list[Part]:
+    """Return the parts of any output: those of a container, else all of it as one without a name."""
+    found = None if meta.kind == "ndarray" else parts(view)
+    return [Part("", 0, meta.nbytes)] if found is None else found
 
 
 def _explain(value: Any, error: BaseException) -> str:

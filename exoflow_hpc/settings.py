@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Settings", "storage_directory"]
+__all__ = ["RETENTIONS", "Settings", "storage_directory"]
+
+RETENTIONS = ("all", "needed")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,18 @@ class Settings:
     retry_backoff: float = 0.1
     #: seconds that a retry waits at most, however often the task has failed
     retry_backoff_max: float = 30.0
+    #: what `gc` leaves of a workflow that has succeeded: ``"all"`` outputs of its tasks, or those that are ``"needed"``:
+    #: its own output, and what could not be computed again as it was
+    retention: str = "all"
+    #: bytes from which arrays of a checkpoint go by direct I/O, past the page cache, where the file system can; 0: none
+    direct_io: int = 64 << 20
 
     def __post_init__(self) -> None:
+        if self.retention not in RETENTIONS:
+            raise ValueError(f"Settings.retention = {self.retention!r} has to be {' or '.join(map(repr, RETENTIONS))}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not 0 <= value < math.inf:
+            if not isinstance(value, str) and not 0 <= value < math.inf:
                 raise ValueError(f"Settings.{field.name} = {value} has to be 0 or more, and finite")
 
     @classmethod

@@ -40,7 +40,7 @@ class TaskSpec:
     after: tuple[int, ...]
     #: tasks whose outputs have to be committed before it starts
     barriers: tuple[int, ...]
-    #: ``"sync"``, ``"async"`` or ``"skip"``: what ``"auto"`` means is settled when the DAG is compiled
+    #: ``"sync"``, ``"async"``, ``"skip"``, or ``"auto"``: the workflow says nothing either, so its cost decides when it is known
     checkpoint: str
     max_retries: int
     #: key of the blob with the tuple of exception types to retry; empty: none

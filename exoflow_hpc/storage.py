@@ -17,7 +17,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from exoflow_hpc.durable import fsync_directory, storage_errors, write_atomically, write_new
+from exoflow_hpc.durable import fsync_ancestors, fsync_directory, storage_errors, write_atomically, write_new
 from exoflow_hpc.errors import (
     CorruptCheckpointError,
     InvalidWorkflowIdError,
@@ -59,6 +59,8 @@ class Storage:
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         #: absolute, so that a later chdir changes nothing
         self.path = Path(path).absolute()
+        #: (files, bytes) of the leftovers that were removed when this was opened
+        self.swept = (0, 0)
         self._workflows = self.path / "workflows"
         with storage_errors("use the storage directory", self.path):
             if self.path.exists() and not self.path.is_dir():
@@ -97,7 +99,6 @@ class Storage:
             f"{_FORMAT} {FORMAT_VERSION}\n".encode(),
             before_rename=lambda: fault.point("storage.before_format_rename"),
         )
-        fsync_directory(self.path.parent)
 
     def _check_format(self) -> None:
         text = (self.path / "FORMAT").read_bytes()[:100].decode(errors="replace").strip()
@@ -119,6 +120,10 @@ class Storage:
         """Finish interrupted removals and drop what killed creators left. A read-only storage stays as it is."""
         with contextlib.suppress(OSError):
             leftovers = [entry for entry in os.scandir(self._workflows) if entry.name.startswith((_NEW, _TRASH))]
+            if leftovers:
+                # a process killed between its rename and its fsync left only the name changed, and not for sure: a
+                # power cut could bring the workflow back without what is removed here
+                fsync_directory(self._workflows)
             now = max((os.stat(self._workflows).st_mtime, *(e.stat().st_mtime for e in leftovers)))
             for entry in leftovers:
                 path = Path(entry.path)
@@ -128,7 +133,14 @@ class Storage:
                     if now - entry.stat().st_mtime < _ABANDONED:
                         continue
                     path = path.rename(self._workflows / f"{_TRASH}{secrets.token_hex(8)}")
+                sizes = [each.lstat().st_size for each in path.rglob("*") if not each.is_dir()]
+                self.swept = self.swept[0] + len(sizes), self.swept[1] + sum(sizes)
                 shutil.rmtree(path, ignore_errors=True)
+            for path in self.path.glob(
+                ".tmp-FORMAT-*"
+            ):  # once there is a FORMAT, only who still writes one can want it
+                if now - path.stat().st_mtime >= _ABANDONED:
+                    path.unlink()
 
     def create(self, workflow_id: str, spec: bytes) -> Path:
         """Create a workflow with its *spec* and return its directory: all or nothing, durable on return; blocks.
@@ -158,7 +170,7 @@ class Storage:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
             fault.point("storage.after_rename")
-            fsync_directory(self._workflows)
+            fsync_ancestors(path)
         return path
 
     def _exists(self, workflow_id: str) -> WorkflowExistsError:

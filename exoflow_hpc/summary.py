@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from exoflow_hpc import history, journal
-from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError
 from exoflow_hpc.history import Status
 from exoflow_hpc.outcome import Ended
 from exoflow_hpc.spec import WorkflowSpec
@@ -72,22 +72,35 @@ def output_value(storage: Storage, workflow_id: str, task: str | None = None) ->
     directory = storage.directory(workflow_id)
     spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
     index = spec.output if task is None else spec.index(task)
-    record = history.committed_tasks(spec, journal.read(directory).records).get(index)
+    name = spec.tasks[index].name
+    past = journal.read(directory).records
+    record = history.committed_tasks(spec, past).get(index)
     if record is None:
-        raise ExoFlowError(
-            f"task {spec.tasks[index].name!r} of workflow {workflow_id!r} has no committed output"
-            + (": resume the workflow" if index == spec.output else "")
-        )
+        raise _absent(spec, workflow_id, index, past)
     sys.path.extend(path for path in spec.sys_path if path not in sys.path)  # where the classes of the output may be
     try:
         return history.load_output(directory, record)
+    except CorruptCheckpointError:
+        past = journal.read(directory).records  # retention may have removed it while we went to read it
+        if index in history.expired_tasks(spec, past):
+            raise _absent(spec, workflow_id, index, past) from None
+        raise
     except ExoFlowError:
         raise
     except Exception as error:  # whatever the user's classes raise when they are rebuilt
-        name = spec.tasks[index].name
         raise ExoFlowError(
             f"the output of task {name!r} of workflow {workflow_id!r} can't be loaded here: {error!r}"
         ) from error
+
+
+def _absent(spec: WorkflowSpec, workflow_id: str, index: int, past: list[dict[str, Any]]) -> ExoFlowError:
+    what = f"task {spec.tasks[index].name!r} of workflow {workflow_id!r}"
+    if index in history.expired_tasks(spec, past):
+        return ExoFlowError(
+            f"the output of {what} was removed by retention (EXOFLOW_RETENTION=needed): the workflow has succeeded and "
+            "needs it no more; run it anew under another id to have it again"
+        )
+    return ExoFlowError(f"{what} has no committed output" + (": resume the workflow" if index == spec.output else ""))
 
 
 def jsonable(value: Any) -> Any:

@@ -54,8 +54,8 @@ class TableListener(Protocol):
     def voided(self, task: int, running: bool, committed: bool) -> None:
         """What was computed from a lost value is void; running: while its latest attempt was; committed: the journal names it."""
 
-    def repeated(self, task: int) -> None:
-        """An external task that was started has to run again, though what it was given stands."""
+    def redone(self, task: int) -> None:
+        """What the task made, or did outside, will be another one: nothing that is still on its way may count."""
 
     def held_back(self, tasks: Iterable[int]) -> None:
         """Tasks must not start before all that is void is undone; `TaskTable.let_go` ends that, once for each."""
@@ -86,6 +86,8 @@ class TaskTable:
         self.wanted: tuple[int, ...] = ()
         #: those of `wanted` that are to be committed, by their options or by the rules (R3)
         self.promised: set[int] = set()
+        #: those of `promised` that are committed whatever it costs
+        self._forced: set[int] = set()
         #: those of `promised` that are not committed yet; the run is over when it is empty
         self.due: set[int] = set()
         #: for pending tasks: data dependencies that are not usable
@@ -109,11 +111,13 @@ class TaskTable:
         self.wanted = plan.wanted
         for index in plan.happened:
             self.happened[index] = True
-        forced = set().union(*plan.gates.values()) if plan.gates else set()
+        waited_for = {barrier for index in self.wanted for barrier in self.tasks[index].barriers}
+        self._forced = waited_for.union({self.output}, *plan.gates.values())
         for index in self.wanted:
             task = self.tasks[index]
-            undone = index in plan.undo  # it must come again, so its end must be known for good
-            if task.checkpoint != "skip" or index == self.output or index in forced or undone:
+            if index in plan.undo or index in plan.owed:  # it must come again, so its end must be known for good
+                self._forced.add(index)
+            if task.checkpoint != "skip" or index in self._forced:
                 self.promised.add(index)
             for upstream in task.data:
                 self._consumers[upstream].append(index)
@@ -148,7 +152,8 @@ class TaskTable:
     def requeue(self, task: int) -> None:
         """A RUNNING task has to run again, and so has any input lost while it ran."""
         self.state[task] = TaskState.WAITING
-        self._repeat([task])
+        if task in self._effects:
+            self._redo((task,))
         self.missing[task] = self._count_missing(task)
         self._make_ready(task)
         spec = self.tasks[task]
@@ -157,11 +162,31 @@ class TaskTable:
 
     def await_commit(self, task: int, upstream: int) -> None:
         """A RUNNING task, which was not sent anywhere, waits until the output of *upstream* is committed."""
+        self._forced.add(upstream)
         self.promised.add(upstream)
         self.due.add(upstream)
         self._barred[upstream].append(task)
         self.blocked[task] += 1
         self.state[task] = TaskState.WAITING
+
+    def let_off(self, task: int) -> None:
+        """The output need not be committed, unless the rules or another task ask for it."""
+        if task not in self._forced:
+            self.promised.discard(task)
+            self.due.discard(task)
+
+    def must_come_again(self, task: int) -> None:
+        """What the task did is undone: it has not happened, and has to be done again whoever needs its output."""
+        self._forced.add(task)
+        self.promised.add(task)
+        self.due.add(task)
+        if self.happened[task]:
+            self.happened[task] = False
+            self._block(self._followers[task])
+
+    def consumers(self, task: int) -> int:
+        """Return how many wanted tasks take the output."""
+        return len(self._consumers[task])
 
     def finish(self, task: int, held: Held) -> None:
         """The output of a RUNNING task is in memory."""
@@ -291,7 +316,7 @@ class TaskTable:
 
     # ------------------------------------------------------------------------------------------ what runs again (R5, R6)
     def _run_again(self, lost: Iterable[int]) -> None:
-        seeds, void, sources = list(lost), set[int](), list[int]()
+        seeds, void = list(lost), set[int]()
         while True:
             again = must_run_again(self.tasks, seeds, self._is_needed, self._is_gone)
             sources = [index for index in again if index in self._varying]
@@ -305,21 +330,25 @@ class TaskTable:
                 if self.state[index] is TaskState.RUNNING:
                     seeds.extend(self.tasks[index].data)
                 self._void(index)
+        for index in stale:
+            if index not in void:  # all that is left of it is perhaps on its way into the journal
+                self._listener.redone(index)
         if void:
             self.hold_back({*sources, *(index for index in void if index in self._effects)})
-        self._repeat([index for index in again if index not in void])
+        self._redo([index for index in again if index not in void])
         self._await_inputs(again)
         for index in void:
             if self.state[index] is TaskState.WAITING and index not in again:  # it was RUNNING, or about to run again
                 self.missing[index] = self._count_missing(index)
                 self._make_ready(index)
 
-    def _repeat(self, tasks: Iterable[int]) -> None:
+    def _redo(self, tasks: Iterable[int]) -> None:
         """What had been started outside must not start again before that is over, and undone where it isn't harmless."""
         for index in tasks:
             if index in self._effects:
                 self.hold_back((index,))
-                self._listener.repeated(index)
+            if index in self._effects or index in self._varying:
+                self._listener.redone(index)
 
     def _is_needed(self, task: int) -> bool:
         # a RUNNING consumer may have read the lost output already; if not it comes back with "lost-input"
@@ -348,13 +377,13 @@ class TaskTable:
             self.state[task] = TaskState.IDLE
         if was_usable:
             self._withdraw(task)
-        if self.happened[task]:
-            self.happened[task] = False
-            self._block(self._followers[task])
         if was_committed:
             self._block(self._barred[task])
-        if task in self._effects:  # undone, it has to come again
-            self.promised.add(task)
+        if task in self._effects:
+            self.must_come_again(task)
+        elif self.happened[task]:
+            self.happened[task] = False
+            self._block(self._followers[task])
         if task in self.promised:
             self.due.add(task)
         if held is not None:

@@ -66,10 +66,10 @@ class Undoing:
         """Whether that attempt was given up since what it was made from is lost."""
         return attempt <= self._void_up_to.get(task, -1)
 
-    def void(self, task: int) -> Void:
+    def void(self, task: int, attempt: int) -> Void:
         """Return what has the journal say so."""
         self._voiding.add(task)
-        return Void(task)
+        return Void(task, attempt)
 
     def voided(self, task: int) -> None:
         """The journal says so."""
@@ -91,18 +91,20 @@ class Undoing:
     def start(self, task: int, attempt: int, rank: int) -> Rollback:
         """Return what undoes the effect of a task."""
         self.rolling = (task, attempt)
+        self.unseen.setdefault(task, set()).add(attempt)
         return Rollback(task, attempt, rank)
 
     def rolled_back(self) -> None:
         """The effect is undone, and the journal says so."""
         assert self.rolling is not None
-        task, self.rolling = self.rolling[0], None
+        (task, attempt), self.rolling = self.rolling, None
+        self.is_over(task, attempt)
         self._undo.discard(task)
         del self.effects[task]
         self.undone += 1
 
     def stopped(self) -> None:
-        """The rollback ended without that: it is to be called again."""
+        """The rollback ended without that: it is to be called again, once it is certainly over."""
         self.rolling = None
 
     # -- tasks that are held back

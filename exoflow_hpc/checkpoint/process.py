@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from exoflow_hpc.checkpoint.group import Item, UncleanError, write_group
+from exoflow_hpc.checkpoint.known import Known
 from exoflow_hpc.checkpoint.wire import Channel
 from exoflow_hpc.durable import storage_errors
 from exoflow_hpc.errors import StorageError
+from exoflow_hpc.settings import Settings
 from hoplite_mpi.meta import Meta
 
 __all__ = ["main"]
@@ -33,6 +36,8 @@ class _Writer:
         #: <rank>.<incarnation>, part of the files' names
         self._name = name
         self._next = first
+        self._known = Known()
+        self._direct_from = Settings.from_environment().direct_io
         self._arrived = threading.Condition()
         self._queue: deque[tuple[dict[str, Any], int | None]] = deque()
 
@@ -90,32 +95,36 @@ class _Writer:
 
     def _write(self, where: tuple[str, int], ids: list[int], items: list[Item]) -> None:
         directory = Path(where[0]) / "checkpoints"
-        try:
-            name = self._new_name(directory, where[1])
-            with storage_errors("write checkpoint", directory / name):
-                written = write_group(directory, name, items)
-        except StorageError as error:
-            unclean = isinstance(error.__cause__, UncleanError)
-            if len(items) > 1 and not unclean:
-                # one that is too large or can't be read must not take the others with it
-                for number, item in zip(ids, items, strict=True):
-                    self._write(where, [number], [item])
+        with contextlib.ExitStack() as mapped:
+            try:
+                name = self._new_name(directory, where[1])
+                with storage_errors("write checkpoint", directory / name):
+                    written = write_group(directory, name, items, self._known, self._direct_from, mapped)
+            except StorageError as error:
+                self._failed(where, ids, items, error)
                 return
-            for number in ids:
-                self._channel.send({"id": number, "errno": error.errno, "error": str(error)})
-            if unclean:
-                os._exit(3)  # the rank starts another, which has nothing open
+            for number, result in zip(ids, written, strict=True):
+                self._channel.send(
+                    {
+                        "id": number,
+                        "file": result.file,
+                        "entry": result.entry,
+                        "checksum": result.checksum,
+                        "nbytes": result.nbytes,
+                    }
+                )
+
+    def _failed(self, where: tuple[str, int], ids: list[int], items: list[Item], error: StorageError) -> None:
+        unclean = isinstance(error.__cause__, UncleanError)
+        if len(items) > 1 and not unclean:
+            # one that is too large or can't be read must not take the others with it
+            for number, item in zip(ids, items, strict=True):
+                self._write(where, [number], [item])
             return
-        for number, result in zip(ids, written, strict=True):
-            self._channel.send(
-                {
-                    "id": number,
-                    "file": result.file,
-                    "entry": result.entry,
-                    "checksum": result.checksum,
-                    "nbytes": result.nbytes,
-                }
-            )
+        for number in ids:
+            self._channel.send({"id": number, "errno": error.errno, "error": str(error)})
+        if unclean:
+            os._exit(3)  # the rank starts another, which has nothing open
 
     def _new_name(self, directory: Path, epoch: int) -> str:
         while True:

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 from exoflow_hpc import exitcodes
 from exoflow_hpc._version import __version__
-from exoflow_hpc.cli import query, run
+from exoflow_hpc.cli import care, query, run
 from exoflow_hpc.cli.interrupt import Interrupted, interruptible
 from exoflow_hpc.cli.streams import put, repair
 from exoflow_hpc.errors import ExoFlowError, TaskError
 from exoflow_hpc.local import is_other_rank
-from exoflow_hpc.settings import Settings
+from exoflow_hpc.settings import RETENTIONS, Settings
 from hoplite_mpi.config import Config
 from hoplite_mpi.errors import HopliteError
 from hoplite_mpi.launch import LaunchError
@@ -60,6 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("task", metavar="TASK", nargs="?")
     command("cancel", query.cancel, "stop a workflow for good").add_argument("id", metavar="ID")
     command("delete", query.delete, "delete a workflow with all it has stored").add_argument("id", metavar="ID")
+    one = command(
+        "verify", care.check, "check everything that is stored of a workflow; exit code 1 if any of it is damaged"
+    )
+    one.add_argument("id", metavar="ID")
+    one = command("array", care.array, "write a file in which a global array of a workflow is one dataset")
+    one.add_argument("id", metavar="ID")
+    one.add_argument("name", metavar="NAME", nargs="?", default="array")
+    one = command("gc", care.collect, "free what nobody needs: leftovers of kills, and files that no record names")
+    one.add_argument(
+        "--retention",
+        choices=RETENTIONS,
+        help="outputs to leave of workflows that have succeeded (default: EXOFLOW_RETENTION, else all)",
+    )
     return parser
 
 

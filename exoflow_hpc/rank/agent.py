@@ -83,7 +83,7 @@ class Agent:
         self._spec: WorkflowSpec | None = None
         self._jobs: dict[tuple[int, int], Job] = {}
         #: (task, attempt) → object that was read from its checkpoint
-        self._loaded: dict[tuple[int, int], ObjectID] = {}
+        self._loaded: dict[tuple[int, ...], ObjectID] = {}
         #: reads checkpoints and reduces in order, which would hold up the loop
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="exoflow-agent")
         self._reducer = Reducer(store, loop, self._helpers, self._finished, self._failed)
@@ -261,7 +261,9 @@ class Agent:
                 self._failed(job, Failure("lost-input", f"no room for input {position}: {error}"))
                 return
             # what is kept for a rollback may be any attempt's: under a key that is used once only
-            key = (place.task, place.attempt) if place.kind == "checkpoint" else (-1 - position, job.run.attempt)
+            key = (
+                (place.task, place.attempt) if place.kind == "checkpoint" else (job.run.task, job.run.attempt, position)
+            )
             self._loaded[key] = oid
         self._fetch(job, position, oid)
 

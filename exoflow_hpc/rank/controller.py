@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import records, serialize
+from exoflow_hpc import checksums, records, serialize
 from exoflow_hpc import scheduler_events as ev
 from exoflow_hpc.errors import ExoFlowError, FencedError, NondeterminismError
 from exoflow_hpc.history import facts_of
@@ -29,6 +29,7 @@ from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
+from exoflow_hpc.rank.writes import Writes
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.semantics import descendants
 from exoflow_hpc.settings import Settings
@@ -85,6 +86,8 @@ class Controller:
         self._appended = {task: record.attempt for task, record in facts.committed.items()}
         #: task → latest attempt of it that is void: what still comes of it is dropped
         self._void_up_to: dict[int, int] = {}
+        #: committed tasks whose output was found damaged
+        self._corrupted: set[int] = set()
         #: task → checksum of an output that somebody has seen: made again, it has to be the same (R12)
         self._seen = facts.seen
         #: tasks that were dispatched in this epoch
@@ -102,10 +105,12 @@ class Controller:
             effects=list(facts.effects),
             unseen=[(task, start.attempt) for task, start in self._unfinished],
             deviant=facts.deviant,
+            owed=facts.owed,
             settings=Settings.from_environment(),
             seed=self._run,
         )
         self._outputs: dict[int, Output] = {}
+        self._writes = Writes()
         #: task → (attempt, rank) of a write that was asked for and not answered
         self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
@@ -116,6 +121,8 @@ class Controller:
         self._running: dict[tuple[int, int], int] = {}
         #: records that the journal has not been given yet, and what is to follow
         self._unwritten: list[tuple[dict[str, Any], Callable[[], None], Callable[[BaseException], None]]] = []
+        #: those of them that wait for the record of their start
+        self._starting: set[tuple[int, int]] = set()
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
         self.outcome: Outcome | None = None
@@ -168,7 +175,7 @@ class Controller:
 
     def _let_end(self, seconds: float, attempts: list[tuple[int, int]]) -> None:
         """Take attempts that were lost from sight for over, once they must be."""
-        if seconds > 1.0:
+        if seconds > 2.0:
             names = ", ".join(sorted({self._spec.tasks[task].name for task, _ in attempts}))
             self._progress.say(f"waiting {seconds:.1f} s until nobody can be at {names} any more")
         self._loop.after(seconds, lambda: self._handle(ev.AttemptsOver(tuple(attempts))))
@@ -261,13 +268,16 @@ class Controller:
         known = self._outputs.get(task)
         meta = Meta.from_wire(message.meta)
         checksum = "" if message.data is None else serialize.checksum(meta, message.data)
-        if checksum and self._deviates(task, checksum):
+        if checksum and self._scheduler.is_current(task, message.attempt) and self._deviates(task, checksum):
             return
         output = Output(message.attempt, meta, message.data, rank, checksum)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         quick = message.seconds < _QUICK and not self._awaited
-        self._handle(ev.TaskFinished(task, message.attempt, rank, message.nbytes, quick))
+        write_seconds = self._writes.seconds(message.nbytes)
+        self._handle(
+            ev.TaskFinished(task, message.attempt, rank, message.nbytes, message.seconds, write_seconds, quick)
+        )
 
     def _failed(self, message: ms.Failed) -> None:
         failure = Failure.from_wire(message.error)
@@ -288,6 +298,7 @@ class Controller:
     def _written(self, message: ms.Written) -> None:
         if self._writing.get(message.task, (-1, -1))[0] == message.attempt:
             del self._writing[message.task]
+            self._writes.ended(message.task, message.nbytes)
         place = records.InCheckpoint(message.file, message.entry)
         self._commit(message.task, message.attempt, place, message.checksum, message.nbytes, message.meta)
 
@@ -306,15 +317,18 @@ class Controller:
 
     def _corrupt(self, message: ms.Corrupt) -> None:
         record = self._committed.get(message.task)
-        if record is None or record.attempt != message.attempt:
+        if record is None or record.attempt != message.attempt or message.task in self._corrupted:
             return
-        self._progress.say(f"{message.text}; task {self._spec.tasks[message.task].name} runs again")
-        self._void(message.task, message.text, self._begin_again)
+        # it stands as far as this epoch is concerned, which ends with that record
+        self._corrupted.add(message.task)
+        name = self._spec.tasks[message.task].name
+        self._progress.say(f"{message.text}; task {name} runs again")
+        self._append(records.TaskVoided(name, message.attempt, message.text), self._begin_again)
 
-    def _void(self, task: int, text: str, durable: Callable[[], None]) -> None:
-        """Have a committed output count as absent; *durable* follows at once if the journal never named it."""
+    def _void(self, task: int, up_to: int, text: str, durable: Callable[[], None]) -> None:
+        """Have outputs of attempts *up_to* that one count as absent; *durable* follows at once if the journal never named one."""
         self._writing.pop(task, None)
-        self._void_up_to[task] = self._scheduler.attempt(task)
+        self._void_up_to[task] = up_to
         attempt = self._appended.pop(task, None)
         known = self._committed.pop(task, None)
         if known is not None:
@@ -322,7 +336,7 @@ class Controller:
         if attempt is None:
             self._loop.post(durable)
         else:
-            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text), durable)
+            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost=True), durable)
 
     def _forget_seen(self, varying: Iterable[int]) -> None:
         """What is computed from these may come out another one, since they may."""
@@ -332,7 +346,7 @@ class Controller:
     def _deviates(self, task: int, checksum: str) -> bool:
         """Whether a task that is taken to be deterministic gave another output than one that was seen: then the run begins again (R12)."""
         before = self._seen.setdefault(task, checksum)
-        if before == checksum or task in self._varies:
+        if before == checksum or task in self._varies or not checksums.are_comparable(before, checksum):
             self._seen[task] = checksum
             return False
         name = self._spec.tasks[task].name
@@ -364,9 +378,9 @@ class Controller:
                 case ev.Release():
                     self._release(what)
                 case ev.CancelAttempt():
-                    self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
+                    self._cancel_attempt(what)
                 case ev.Void():
-                    self._void_consumer(what.task)
+                    self._void_consumer(what)
                 case ev.Rollback():
                     self._roll_back(what)
                 case ev.Finish():
@@ -394,16 +408,34 @@ class Controller:
     def _start_effect(self, what: ev.Dispatch, message: ms.Run) -> None:
         """Dispatch an external task, once the journal durably says so, and the epoch is still ours after that (R10a)."""
         inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
+        self._starting.add((what.task, what.attempt))
         record = self._effects.started(
-            what.task, what.attempt, what.rank, self._leases.processes.get(what.rank, {}), inputs
+            what.task,
+            what.attempt,
+            what.rank,
+            self._leases.processes.get(what.rank, {}),
+            inputs,
+            self._consumed(what.task),
         )
 
         def durable() -> None:
             fault.point("controller.started")
+            if (what.task, what.attempt) not in self._starting:
+                return  # canceled meanwhile
+            self._starting.discard((what.task, what.attempt))
             if self._running.get((what.task, what.attempt)) == what.rank and self.outcome is None:
                 self._send(what.rank, message)
 
         self._append(record, durable)
+
+    def _cancel_attempt(self, what: ev.CancelAttempt) -> None:
+        which = (what.task, what.attempt)
+        if which in self._starting:  # it is nowhere yet
+            self._starting.discard(which)
+            self._running.pop(which, None)
+            self._loop.post(lambda: self._handle(ev.TaskFailed(what.task, what.attempt, "canceled")))
+        else:
+            self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
 
     def _kept(self, one: ev.Input) -> list[Any]:
         """Return where an input is for good: what a rollback will be given."""
@@ -420,20 +452,29 @@ class Controller:
 
     # -- effects that are undone -----------------------------------------------------------------------------------------------
 
-    def _void_consumer(self, task: int) -> None:
+    def _void_consumer(self, what: ev.Void) -> None:
         text = "it was computed from an output that is lost and may come out another one"
-        self._void(task, text, lambda: self._handle(ev.Voided(task)))
+        self._void(what.task, what.attempt, text, lambda: self._handle(ev.Voided(what.task)))
 
     def _roll_back(self, what: ev.Rollback) -> None:
         fault.point("controller.roll_back")
         name = self._spec.tasks[what.task].name
         self._progress.say(f"what task {name} did is undone")
-        self._running[what.task, what.attempt] = what.rank
-        places = self._effects.roll_back(what.task, what.attempt)
+        which = (what.task, what.attempt)
+        self._running[which] = what.rank
+        places = self._effects.roll_back(*which)
         life = self._effects.incarnation(what.task)
-        self._send(what.rank, ms.Run(self._epoch, what.task, what.attempt, life, rollback=True, inputs=places))
+        message = ms.Run(self._epoch, *which, life, rollback=True, inputs=places)
+
+        def durable() -> None:
+            if self._running.get(which) == what.rank and self.outcome is None:
+                self._send(what.rank, message)
+
+        process = self._leases.processes.get(what.rank, {})
+        self._append(records.RollbackStarted(name, what.attempt, process), durable)
 
     def _rolled_back(self, task: int, attempt: int) -> None:
+        self._handle(ev.RollbackEnded(task, attempt))
         record = self._effects.rolled_back(task, attempt)
         self._append(record, lambda: self._handle(ev.RolledBack(task, attempt)))
 
@@ -466,6 +507,7 @@ class Controller:
         # the rank that has the bytes, or, if it is gone, any other: it gets them first
         rank = output.rank if output.rank in self._agents else min(self._agents)
         self._writing[task] = (attempt, rank)
+        self._writes.began(task)
         self._send(rank, ms.Write(self._epoch, task, attempt))
 
     def _commit(
@@ -563,6 +605,8 @@ class Controller:
             for task, output in self._outputs.items():
                 if output.data is None:
                     self._store.delete(self._id(task, output.attempt))
+            for task, attempt in self._running:  # what still comes of it is taken for late
+                self._store.delete(self._id(task, attempt))
 
     def end_message(self) -> ms.End:
         """Return what to tell the agents once there is an outcome."""

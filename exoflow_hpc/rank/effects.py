@@ -28,11 +28,11 @@ class Effects:
         return self._incarnations.get(task, 0)
 
     def started(
-        self, task: int, attempt: int, rank: int, process: dict[str, Any], inputs: list[Any]
+        self, task: int, attempt: int, rank: int, process: dict[str, Any], inputs: list[Any], consumed: list[Any]
     ) -> records.TaskStarted:
         """Return the record to write before an external task is dispatched."""
         name = self._spec.tasks[task].name
-        record = records.TaskStarted(name, attempt, self.incarnation(task), rank, process, inputs)
+        record = records.TaskStarted(name, attempt, self.incarnation(task), rank, process, inputs, consumed)
         self._starts[task] = record
         return record
 

@@ -13,8 +13,9 @@ __all__ = ["GRACE", "Leases", "unfinished"]
 
 #: seconds for which one look at the epoch counts
 _CHECKED_FOR = 1.0
-#: seconds in which the workers of a rank that is dead, or has been told to kill them, are dead as well, also on a busy machine
-GRACE = 0.5
+#: seconds in which the workers of a rank that is dead, or has been told to kill them, are dead as well: more than the forkserver may wait
+#: for what one of them has left
+GRACE = 1.5
 
 
 class Leases:
@@ -46,7 +47,7 @@ class Leases:
         granted = self._granted.pop(rank, self._began)
         return GRACE if dead else max(0.0, granted + self._lease - time.monotonic()) + GRACE
 
-    def seconds_left_of(self, starts: Iterable[records.TaskStarted]) -> float:
+    def seconds_left_of(self, starts: Iterable[records.TaskStarted | records.RollbackStarted]) -> float:
         """Return for how long tasks of an older epoch may still have effects."""
         if all(start.process and heartbeat.is_gone(start.process) for start in starts):
             return GRACE
@@ -54,9 +55,9 @@ class Leases:
         return self._lease + _CHECKED_FOR + GRACE
 
 
-def unfinished(facts: Facts) -> list[tuple[int, records.TaskStarted]]:
-    """Return external tasks of older epochs of which no output is known: somebody may still be at them."""
-    found = []
+def unfinished(facts: Facts[int]) -> list[tuple[int, records.TaskStarted | records.RollbackStarted]]:
+    """Return external tasks of older epochs of which no output is known, and rollbacks: somebody may still be at them."""
+    found: list[tuple[int, records.TaskStarted | records.RollbackStarted]] = list(facts.rollbacks.items())
     for task, start in facts.effects.items():
         result = facts.results.get(task)
         if result is None or result.attempt < start.attempt:

@@ -67,14 +67,19 @@ class Fleet:
         return None if self._spawner is None else self._spawner.pid
 
     @property
+    def lease_is_over(self) -> bool:
+        """Whether no worker may be, until there is another lease: what waits for one goes on waiting."""
+        return self._lease is not None and time.monotonic() >= self._lease
+
+    @property
     def is_short(self) -> bool:
         """Whether workers are missing that `fill` would start."""
-        return len(self.workers) < self._size and self._failed_starts < MAX_FAILED_STARTS
+        return len(self.workers) < self._size and self._failed_starts < MAX_FAILED_STARTS and not self.lease_is_over
 
     @property
     def is_hopeless(self) -> bool:
         """Whether there is no worker, and so many starts have failed that no more are made."""
-        return not self.workers and self._failed_starts >= MAX_FAILED_STARTS
+        return not self.workers and self._failed_starts >= MAX_FAILED_STARTS and not self.lease_is_over
 
     def hope(self) -> None:
         """Allow one more start after all have failed."""
@@ -182,10 +187,9 @@ class Fleet:
             elif isinstance(event, WorkerExited):
                 # a reply that it sent before its end is still in the socket
                 self._read(worker, all_of_it=True)
-                if self._lease is not None and time.monotonic() >= self._lease:
-                    worker.cause = (
-                        worker.cause or "was killed: nothing was heard of the controller for the length of the lease"
-                    )
+                if self.lease_is_over and worker.cause is None:
+                    worker.cause = "was killed: nothing was heard of the controller for the length of the lease"
+                    worker.lease_ended = True
                 text = describe_exit(event.exitcode)
                 if event.exitcode == -signal.SIGKILL:  # and not by us: that has a cause, which is told instead
                     text += " (out of memory?)"

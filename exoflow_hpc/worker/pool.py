@@ -173,8 +173,8 @@ class WorkerPool:
         with self._lock:
             if not self._closing:
                 self._fleet.set_lease(until)
-                if until is not None:
-                    self._fleet.hope()
+                if self._fleet.is_short:
+                    self._fleet.wake()
 
     def statistics(self) -> PoolStatistics:
         """Return pids and counts."""
@@ -416,6 +416,8 @@ class WorkerPool:
 
 
 def _crash(handle: TaskHandle, worker: RemoteWorker, text: str, exitcode: int | None) -> TaskCrashed:
+    if worker.lease_ended:  # nothing that the task has done
+        return TaskCrashed(text, worker.pid, exitcode, kind="rank-lost")
     if handle.overran:
         return TaskCrashed(text, worker.pid, exitcode, kind=handle.overran)
     limit = handle.request.memory

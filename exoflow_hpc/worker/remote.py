@@ -68,6 +68,8 @@ class RemoteWorker:
         self.retired = False
         #: its forkserver is gone: there will be no exit status, and the kernel has killed it
         self.orphaned = False
+        #: killed since the lease of its rank was over
+        self.lease_ended = False
         #: no more comes from its socket
         self.eof = False
         #: monotonic time at which something is to be done about it, see `Fleet._expire`

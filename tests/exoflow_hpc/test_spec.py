@@ -214,7 +214,7 @@ def test_waiting_for_a_commit_that_will_never_be_is_refused() -> None:
 def test_auto_is_what_the_workflow_says() -> None:
     node = f.bind(g.bind(1), g.options(checkpoint="sync").bind(2))
     assert [t.checkpoint for t in compile_workflow(node, checkpoint="skip").tasks] == ["skip", "sync", "skip"]
-    assert [t.checkpoint for t in compile_workflow(node).tasks] == ["async", "sync", "async"]
+    assert [t.checkpoint for t in compile_workflow(node).tasks] == ["auto", "sync", "auto"]
 
 
 def test_options_and_edges_are_kept() -> None:

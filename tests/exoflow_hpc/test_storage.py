@@ -94,6 +94,17 @@ def test_abandoned_creation_is_swept_but_a_fresh_one_is_not(tmp_path: Path) -> N
     assert fresh.exists()
 
 
+def test_abandoned_format_is_swept_but_a_fresh_one_is_not(tmp_path: Path) -> None:
+    """Whoever made the storage was killed, or is still at it: another process has made it since."""
+    run_until_killed(CREATE, tmp_path / "s", fault="storage.before_format_rename=kill")
+    (left,) = (tmp_path / "s").glob(".tmp-*")
+    Storage(tmp_path / "s")
+    assert left.exists()
+    os.utime(left, (1, 1))
+    Storage(tmp_path / "s")
+    assert sorted(os.listdir(tmp_path / "s")) == ["FORMAT", "workflows"]
+
+
 @pytest.mark.parametrize(("point", "listed"), [("storage.before_trash", ["w"]), ("storage.after_trash", [])])
 def test_kill_while_deleting(tmp_path: Path, point: str, listed: list[str]) -> None:
     Storage(tmp_path / "s").create("w", b"abc")

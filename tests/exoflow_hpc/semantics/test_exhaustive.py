@@ -56,7 +56,7 @@ def _sync_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TaskTable, "hold", lambda self, tasks: None)
+    monkeypatch.setattr(TaskTable, "hold_back", lambda self, tasks: None)
 
 
 @pytest.mark.parametrize("break_it", [_no_gates, _nothing_is_void, _sync_does_not_wait, _nothing_is_held_back])

@@ -20,13 +20,13 @@ def random_spec(rng: random.Random, count: int) -> WorkflowSpec:
     rows: list[dict[str, Any]] = []
     for index in range(count):
         row: dict[str, Any] = {"data": tuple(rng.sample(range(index), min(index, rng.choice([0, 1, 1, 2, 3]))))}
-        row["checkpoint"] = rng.choice(["sync", "async", "skip"])
+        row["checkpoint"] = rng.choice(["sync", "async", "skip", "auto"])
         row["deterministic"] = rng.random() < 0.5
         if rng.random() < 0.4:
             row["external"] = True
             row["idempotent"] = rng.random() < 0.5
             row["rollback"] = "r" if not row["idempotent"] or rng.random() < 0.3 else ""
-        if index and rng.random() < 0.2:
+        if index and rng.random() < 0.35:
             edge = rng.randrange(index)
             if rows[edge]["checkpoint"] != "skip" and rng.random() < 0.5:
                 row["barriers"] = (edge,)
@@ -47,7 +47,7 @@ def hit(world: World, rng: random.Random) -> None:
     if fault == 0:
         world.crash(ghosts=rng.random() < 0.5)
     elif fault == 1 and world.live:
-        world.kill_rank(rng.choice(list(world.live)), certain=rng.random() < 0.5)
+        world.kill_rank(rng.choice(list(world.live)), certain=rng.random() < 0.5, late=rng.random() < 0.5)
     elif fault == 2 and world.commits:
         world.fail_commit(rng.choice(world.commits))
     elif fault == 3:
@@ -62,7 +62,7 @@ def hit(world: World, rng: random.Random) -> None:
 @settings(max_examples=600, deadline=None)
 def test_whatever_fails_the_end_is_the_same(seed: int, count: int, faults: int) -> None:
     rng = random.Random(seed)
-    world = World(random_spec(rng, count), rng.choice, ranks=3, slots=2)
+    world = World(random_spec(rng, count), rng.choice, ranks=3, slots=2, large=rng.sample(range(count), count // 2))
     steps = 0
     while world.finish is None:
         dead = [rank for rank in range(world.ranks) if rank not in world.live]
@@ -82,7 +82,7 @@ def test_whatever_fails_the_end_is_the_same(seed: int, count: int, faults: int) 
 @settings(max_examples=300, deadline=None)
 def test_after_a_crash_exactly_the_recovery_set_runs(seed: int, count: int, steps: int) -> None:
     rng = random.Random(seed)
-    world = World(random_spec(rng, count), rng.choice, ranks=2, slots=2)
+    world = World(random_spec(rng, count), rng.choice, ranks=2, slots=2, large=rng.sample(range(count), count // 2))
     for _ in range(steps):
         if world.finish is None:
             world.step()

@@ -19,6 +19,7 @@ from exoflow_hpc.scheduler_events import (
     ObjectsLost,
     RankLost,
     Rollback,
+    RollbackEnded,
     RollbackFailed,
     RolledBack,
     Start,
@@ -29,7 +30,7 @@ from exoflow_hpc.scheduler_events import (
     Void,
     Voided,
 )
-from exoflow_hpc.semantics import Plan, gates, plan
+from exoflow_hpc.semantics import Plan, gates, is_worth_writing, plan
 
 from .world import SETTINGS, make_spec
 
@@ -164,7 +165,7 @@ def started(rows: list[dict[str, Any]], **facts: Any) -> tuple[Scheduler, list[A
 def test_effects_are_undone_one_by_one_the_latest_first() -> None:
     rows = [VARIES, {"data": (0,), **UNDOABLE}, {"data": (1,), **UNDOABLE}, {"data": (0, 2)}]
     scheduler, out = started(rows, committed={1, 2}, effects=[1, 2], attempts={1: 0, 2: 0})
-    assert out == [Void(1), Void(2)]
+    assert out == [Void(1, 0), Void(2, 0)]
     assert scheduler.handle(Voided(1)) == []
     assert scheduler.handle(Voided(2)) == [Rollback(2, 1, 0)]
     assert scheduler.handle(RollbackFailed(2, 1, "no")) == [Rollback(2, 2, 0)]
@@ -187,7 +188,7 @@ def test_a_lost_value_that_varies_takes_along_what_was_made_of_it() -> None:
     assert Commit(1, 0) in scheduler.handle(TaskFinished(1, 0, 0))
     scheduler.handle(TaskFinished(2, 0, 0))
     out = scheduler.handle(ObjectsLost(((0, 0),)))
-    assert Void(1) in out and Void(2) in out
+    assert Void(1, 0) in out and Void(2, 0) in out
     assert not [what for what in out if isinstance(what, (Dispatch, Rollback))]
     assert scheduler.handle(TaskCommitted(1, 0)) == [], "the record of what is void does not count"
     scheduler.handle(Voided(1))
@@ -229,3 +230,119 @@ def test_a_caught_failure_has_no_effect() -> None:
     assert scheduler.handle(TaskFailed(0, 0, "crash", "gone")) == [Rollback(0, 1, 0)]
     assert scheduler.handle(RolledBack(0, 1)) == [Catch(0, 1, "gone")]
     assert scheduler.handle(TaskCaught(0, 1, 0, 1)) == [Commit(0, 1)]
+
+
+# -- what is undone comes again -----------------------------------------------------------------------------------------------
+def test_what_was_undone_comes_again_in_the_next_run_too() -> None:
+    """V was undone, then all died; X had waited for V, and is committed."""
+    rows = [VARIES, {"data": (0,), **UNDOABLE}, {"after": (1,), "checkpoint": "sync"}, {"data": (0, 2)}]
+    spec = make_spec(rows)
+    begin = plan(spec.tasks, spec.output, {2}, (), (), {1})
+    assert begin.wanted == (0, 1, 3)
+    assert 1 not in begin.happened
+
+
+def test_what_was_undone_comes_again_though_its_output_is_not_needed_any_more() -> None:
+    """V and D are lost together; D's commit gets through, so nobody needs V: but it is being undone."""
+    rows = [{**UNDOABLE, "checkpoint": "skip"}, {"data": (0,), "checkpoint": "sync"}, {"data": (1,)}]
+    scheduler, _ = started(rows)
+    scheduler.handle(TaskFinished(0, 0, 0))
+    assert Commit(1, 0) in scheduler.handle(TaskFinished(1, 0, 0))
+    assert scheduler.handle(ObjectsLost(((0, 0), (1, 0)))) == [Rollback(0, 1, 0)]
+    out = scheduler.handle(TaskCommitted(1, 0))
+    assert [what.task for what in out if isinstance(what, Dispatch)] == [2]
+    assert not any(isinstance(what, Finish) for what in scheduler.handle(TaskFinished(2, 0, 0)))
+    assert not any(isinstance(what, Finish) for what in scheduler.handle(TaskCommitted(2, 0)))
+    scheduler.handle(RollbackEnded(0, 1))
+    assert [what.task for what in scheduler.handle(RolledBack(0, 1)) if isinstance(what, Dispatch)] == [0]
+
+
+def test_what_waits_for_an_effect_waits_while_it_is_undone() -> None:
+    rows = [{**UNDOABLE, "checkpoint": "skip"}, {"data": (0,)}, {"after": (0,), **FOR_GOOD}, {"data": (1, 2)}]
+    scheduler = Scheduler(make_spec(rows), ranks=[(0, 0, 1)], settings=SETTINGS)
+    scheduler.handle(Start())
+    scheduler.handle(TaskFinished(0, 0, 0))
+    assert scheduler.handle(ObjectsLost(((0, 0),))) == []
+    out = scheduler.handle(TaskFailed(1, 0, "lost-input", missing=((0, 0),)))
+    assert out == [Rollback(0, 1, 0)], "and nothing that waits for it"
+    begin = of([UNDOABLE, {"after": (0,), "checkpoint": "sync"}, {"after": (0,)}, {"data": (0, 1, 2)}], {1}, [0])
+    assert begin.undo == {0}
+    assert 0 not in begin.happened
+
+
+def test_a_rollback_that_has_ended_is_not_called_again_when_its_rank_is_lost() -> None:
+    scheduler, _ = started([UNDOABLE], effects=[0])
+    scheduler._ranks.join(1, 0, 1)
+    scheduler.handle(RollbackEnded(0, 0))
+    assert scheduler.handle(RankLost(0, 0)) == []
+    assert [type(what) for what in scheduler.handle(RolledBack(0, 0))] == [Dispatch]
+
+
+def test_a_rollback_on_a_rank_that_is_cut_off_is_waited_for() -> None:
+    scheduler, out = started([UNDOABLE], effects=[0])
+    assert out == [Rollback(0, 0, 0)]
+    scheduler._ranks.join(1, 0, 1)
+    assert scheduler.handle(RankLost(0, 0, certain=False)) == []
+    assert scheduler.handle(AttemptsOver(((0, 0),))) == [Rollback(0, 1, 1)]
+
+
+def test_a_loss_while_a_caught_failure_is_undone() -> None:
+    """The rollback goes on, the failure counts no more, and the task runs again on what is made anew."""
+    rows = [VARIES, {"data": (0,), **UNDOABLE, "max_retries": 0, "catch_exceptions": True}, {"data": (0, 1)}]
+    scheduler, _ = started(rows)
+    scheduler.handle(TaskFinished(0, 0, 0))
+    assert scheduler.handle(TaskFailed(1, 0, "crash", "gone")) == [Rollback(1, 1, 0)]
+    assert scheduler.handle(ObjectsLost(((0, 0),))) == []
+    scheduler.handle(RollbackEnded(1, 1))
+    assert scheduler.handle(RolledBack(1, 1)) == [Dispatch(0, 1, 0, ())]
+
+
+def test_a_commit_that_is_given_up_is_void_up_to_its_own_attempt() -> None:
+    """The next attempt is dispatched in the same breath, and counts."""
+    scheduler, _ = started([{**VARIES, "checkpoint": "async"}, {"data": (0,)}])
+    assert Commit(0, 0) in scheduler.handle(TaskFinished(0, 0, 0))
+    out = scheduler.handle(ObjectsLost(((0, 0),)))
+    assert Void(0, 0) in out
+    again = [what for what in out if isinstance(what, Dispatch) and what.task == 0]
+    assert [what.attempt for what in again] in ([1], [])
+
+
+# -- checkpoint="auto" --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("seconds", "write_seconds", "consumers", "varies", "worth"),
+    [
+        (1.0, 10.0, 1, False, True),
+        (1.0, 10.1, 1, False, False),
+        (1.0, 10.1, 2, False, True),
+        (1.0, 10.1, 1, True, True),
+        (1.0, 10.0, 0, False, True),
+        (0.0, 0.1, 3, True, False),
+    ],
+)
+def test_what_is_worth_writing(seconds: float, write_seconds: float, consumers: int, varies: bool, worth: bool) -> None:
+    task = make_spec([{"deterministic": not varies, "checkpoint": "auto"}]).tasks[0]
+    assert is_worth_writing(task, seconds, write_seconds, consumers) is worth
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "seconds", "committed"), [(1, 0.0, True), (1 << 20, 0.0, False), (1 << 20, 1.0, True)]
+)
+def test_auto_commits_what_is_small_or_took_long(nbytes: int, seconds: float, committed: bool) -> None:
+    scheduler, _ = started([{"checkpoint": "auto"}, {"data": (0,), "checkpoint": "auto"}])
+    out = scheduler.handle(TaskFinished(0, 0, 0, nbytes, seconds, 1.0))
+    assert (Commit(0, 0) in out) is committed
+    assert [what.task for what in out if isinstance(what, Dispatch)] == [1]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"checkpoint": "auto"}],
+        [{"checkpoint": "auto"}, {"barriers": (0,)}],
+        [{"checkpoint": "auto", **VARIES}, {"data": (0,), **FOR_GOOD}],
+    ],
+)
+def test_auto_commits_what_somebody_waits_for(rows: list[dict[str, Any]]) -> None:
+    """The workflow's output, what another task waits for the commit of, and what the rules ask for."""
+    scheduler, _ = started(rows)
+    assert Commit(0, 0) in scheduler.handle(TaskFinished(0, 0, 0, 1 << 20, 0.0, 1.0))

@@ -6,7 +6,7 @@ The values of tasks that vary are never the same twice, so whoever sees two of o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from exoflow_hpc.scheduler_events import (
     RankLost,
     Release,
     Rollback,
+    RollbackEnded,
     RollbackFailed,
     RolledBack,
     Start,
@@ -71,6 +72,8 @@ class Facts:
     #: external tasks that were started and not undone since, in the order of their first start
     effects: dict[int, None] = field(default_factory=dict)
     incarnations: dict[int, int] = field(default_factory=dict)
+    #: external tasks that were undone, and neither started nor committed since
+    owed: set[int] = field(default_factory=set)
     #: task → highest attempt
     attempts: dict[int, int] = field(default_factory=dict)
     #: (task, incarnation) → what the effect was made from; once only, unless it is harmless
@@ -83,6 +86,7 @@ class Facts:
             dict(self.committed),
             dict(self.effects),
             dict(self.incarnations),
+            set(self.owed),
             dict(self.attempts),
             dict(self.outside),
             self.nonce,
@@ -94,6 +98,7 @@ class Facts:
             tuple(sorted((task, value) for task, (_, value) in self.committed.items())),
             tuple(self.effects),
             tuple(sorted(self.incarnations.items())),
+            tuple(sorted(self.owed)),
             tuple(sorted(self.outside.items())),
         )
 
@@ -118,7 +123,8 @@ class Attempt:
 class World:
     """One workflow, from epoch to epoch.
 
-    choose: returns one of the actions it is given; facts: what there is already; ranks: number of ranks, slots of each.
+    choose: returns one of the actions it is given; facts: what there is already; ranks: number of ranks, slots of each; large:
+    tasks whose outputs are.
     """
 
     def __init__(
@@ -128,12 +134,14 @@ class World:
         facts: Facts | None = None,
         ranks: int = 1,
         slots: int = 4,
+        large: Collection[int] = (),
     ) -> None:
         self.spec = spec
         self.choose = choose
         self.facts = facts or Facts()
         self.ranks = ranks
         self.slots = slots
+        self.large = large
         self.incarnations = [0] * ranks
         #: what may still be at work after a crash
         self.ghosts: list[Attempt] = []
@@ -147,6 +155,8 @@ class World:
         self.running: list[Attempt] = []
         self.commits: list[tuple[int, int, Value]] = []
         self.voiding: list[int] = []
+        #: rollbacks that have ended, and whose records are on their way
+        self.recording: list[Attempt] = []
         self.undelivered: list[Event] = []
         self.finish: Finish | None = None
         #: task → how often it was started in this epoch
@@ -159,6 +169,7 @@ class World:
             settings=SETTINGS,
             effects=list(facts.effects),
             unseen=[(one.task, one.attempt) for one in self.ghosts],
+            owed=facts.owed,
         )
         for rank in range(self.ranks):
             self.join(rank)
@@ -210,6 +221,10 @@ class World:
             others = [run for run in (*self.running, *self.ghosts) if run.task == order.task]
             assert not others, f"{task.name} is started while an attempt of it may still act"
             facts.effects.setdefault(order.task)
+            facts.owed.discard(order.task)
+        for before in task.after:
+            acted = not self.spec.tasks[before].external or any(key[0] == before for key in facts.outside)
+            assert acted, f"{task.name} starts after t{before}, whose effect is undone"
         facts.attempts[order.task] = order.attempt
         self.ran[order.task] = self.ran.get(order.task, 0) + 1
         run = Attempt(
@@ -220,7 +235,7 @@ class World:
     def roll_back(self, order: Rollback) -> None:
         task = self.spec.tasks[order.task]
         assert task.rollback
-        others = [run for run in (*self.running, *self.ghosts) if run.task == order.task and not run.rollback]
+        others = [run for run in (*self.running, *self.ghosts) if run.task == order.task]
         assert not others, f"{task.name} is undone while an attempt of it may still act"
         later = list(self.facts.effects)[list(self.facts.effects).index(order.task) + 1 :]
         assert not set(later) & self.scheduler._undoing._undo, "an effect that began later is still to be undone"
@@ -255,7 +270,10 @@ class World:
             if not run.ghost and (run.acted or not external or run.canceled):
                 found.append(lambda run=run: self.end(run))
         for commit in self.commits:
-            found.append(lambda commit=commit: self.end_commit(commit))
+            if commit[0] not in self.voiding:  # the journal keeps their order
+                found.append(lambda commit=commit: self.end_commit(commit))
+        for run in self.recording:
+            found.append(lambda run=run: self.end_record(run))
         for task in self.voiding:
             found.append(lambda task=task: self.end_void(task))
         for event in self.undelivered:
@@ -294,10 +312,8 @@ class World:
         if run.rollback:
             if not run.acted:
                 self.act(run)
-            self.facts.incarnations[run.task] = run.life + 1
-            del self.facts.effects[run.task]
-            self.undone.append(run.task)
-            self.tell(RolledBack(run.task, run.attempt))
+            self.recording.append(run)
+            self.tell(RollbackEnded(run.task, run.attempt))
             return
         if run.canceled and not run.acted:
             self.tell(TaskFailed(run.task, run.attempt, "canceled"))
@@ -315,12 +331,24 @@ class World:
             self.facts.nonce += 1
             nonce = self.facts.nonce
         self.memory[run.task, run.attempt] = (run.rank, (run.task, nonce, run.values))
-        self.tell(TaskFinished(run.task, run.attempt, run.rank, 1))
+        # a large output of a task with "auto" that took no time is not worth a write that does
+        nbytes = 1 << 20 if run.task in self.large else 1
+        self.tell(TaskFinished(run.task, run.attempt, run.rank, nbytes, 0.0, float(run.attempt % 2)))
+
+    def end_record(self, run: Attempt) -> None:
+        """The journal says that an effect is undone."""
+        self.recording.remove(run)
+        self.facts.incarnations[run.task] = run.life + 1
+        self.facts.owed.add(run.task)
+        del self.facts.effects[run.task]
+        self.undone.append(run.task)
+        self.tell(RolledBack(run.task, run.attempt))
 
     def end_commit(self, commit: tuple[int, int, Value]) -> None:
         self.commits.remove(commit)
         task, attempt, value = commit
         self.facts.committed.setdefault(task, (attempt, value))
+        self.facts.owed.discard(task)
         self.tell(TaskCommitted(task, attempt))
 
     def end_void(self, task: int) -> None:
@@ -340,18 +368,19 @@ class World:
         self.tell(AttemptsOver(tuple((run.task, run.attempt) for run in over)))
 
     # --------------------------------------------------------------------------------------------------------- faults
-    def kill_rank(self, rank: int, certain: bool) -> None:
+    def kill_rank(self, rank: int, certain: bool, late: bool = False) -> None:
+        """late: what it was writing gets through."""
         incarnation = self.live.pop(rank)
         lost = tuple(key for key, (where, _) in self.memory.items() if where == rank)
         self.memory = {key: kept for key, kept in self.memory.items() if kept[0] != rank}
-        self.commits = [commit for commit in self.commits if commit[:2] not in lost]
+        self.commits = [commit for commit in self.commits if late or commit[:2] not in lost]
         there = [run for run in self.running if run.rank == rank and not run.ghost]
         self.running = [run for run in self.running if run not in there]
         self.undelivered.append(ObjectsLost(lost))
         self.tell(RankLost(rank, incarnation, certain))
         if not certain:
             for run in there:
-                if self.spec.tasks[run.task].external and not run.rollback:
+                if self.spec.tasks[run.task].external:
                     run.ghost = True
                     self.running.append(run)
 
@@ -368,9 +397,7 @@ class World:
 
     def crash(self, ghosts: bool = False) -> None:
         """All memory is lost; ghosts: external tasks may go on where they are, for a while."""
-        self.ghosts += [
-            run for run in self.running if ghosts and self.spec.tasks[run.task].external and not run.rollback
-        ]
+        self.ghosts += [run for run in self.running if ghosts and self.spec.tasks[run.task].external]
         for run in self.ghosts:
             run.ghost = True
         self.begin()
@@ -413,7 +440,7 @@ def _see(value: Value, seen: dict[int, Value]) -> None:
 def recovery_set(spec: WorkflowSpec, facts: Facts) -> tuple[set[int], set[int]]:
     """Return what has to run after a crash, and which effects have to be undone, the naive way (R5, R6)."""
     tasks = spec.tasks
-    committed, void, roots = set(facts.committed), set[int](), {spec.output}
+    committed, void, roots = set(facts.committed), set[int](), {spec.output, *facts.owed}
     while True:
         begun = committed | (set(facts.effects) - void)
         happened: set[int] = set()
@@ -421,7 +448,7 @@ def recovery_set(spec: WorkflowSpec, facts: Facts) -> tuple[set[int], set[int]]:
             for up in (*task.data, *task.after, *task.barriers):
                 if task.index in begun:
                     happened |= {up} | _all_before(tasks, up)
-        happened -= void
+        happened -= void | facts.owed
         need = set(roots) - committed
         while (
             more := {up for i in need for up in (*tasks[i].data, *(set(tasks[i].after) - happened), *tasks[i].barriers)}

@@ -12,8 +12,9 @@ import pytest
 
 from hoplite_mpi.testing import POINTS
 from hoplite_mpi.transport import guard
+from tests.chaos.counts import Needs, lacking
 from tests.hoplite_mpi.chaos.plan import KINDS, plan
-from tests.hoplite_mpi.chaos.summary import Needs, lacking, summary
+from tests.hoplite_mpi.chaos.summary import summary
 from tests.hoplite_mpi.chaos.trial import Outcome
 from tests.hoplite_mpi.chaos.verify import Story, verify
 
@@ -28,7 +29,7 @@ def test_a_short_campaign(tmp_path: Path) -> None:
     """The seeds are printed: `make chaos ARGS='--seed S'` repeats one of them."""
     command = [sys.executable, "-m", "tests.hoplite_mpi.chaos", "--start", "random", "--seconds", str(SECONDS)]
     process = subprocess.Popen(
-        [*command, "--no-hosts", "--results", str(tmp_path / "results")],
+        [*command, "--without", "hosts", "--results", str(tmp_path / "results")],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -57,7 +58,7 @@ def test_a_seed_says_it_all() -> None:
 
 
 def test_what_has_been_killed_too_rarely_is_asked_for() -> None:
-    needs = Needs(kills=10, each=2, each_role=2, kinds={"point"})
+    needs = Needs(kills=10, each=2, each_role=2, kinds={"point"}, points=POINTS)
     enough = Outcome(0, "point", 3, kills=10, points=dict.fromkeys(POINTS, 2))
     enough.roles = {point.role: 2 for point in POINTS.values()}
     trials = [enough] * 3

@@ -18,6 +18,7 @@ from typing import Any
 from hoplite_mpi.launch import REPLACE_ME, LocalRanks, processes_of_run
 from hoplite_mpi.memory import sweep
 from hoplite_mpi.testing import POINTS, EmulatedHosts, fault
+from tests.chaos.counts import BaseOutcome
 from tests.hoplite_mpi.chaos.plan import Fault, Trial
 from tests.hoplite_mpi.chaos.verify import Process, Story, verify
 
@@ -36,32 +37,14 @@ _LEFT_PATIENCE = 5.0
 
 
 @dataclass
-class Outcome:
+class Outcome(BaseOutcome):
     """What became of a trial."""
 
-    seed: int
-    kind: str
-    ranks: int
-    seconds: float = 0.0
-    #: processes that were killed, powered off, or put out of the view
-    kills: int = 0
-    #: point → kills there
-    points: dict[str, int] = field(default_factory=dict)
-    #: role → kills of one in it
-    roles: dict[str, int] = field(default_factory=dict)
-    #: point → how often it was passed by those who came to the end
-    passed: dict[str, int] = field(default_factory=dict)
     #: seconds from each death of a process, and of a host, to the view without it, at each survivor
     process_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     #: seconds from the last answer for a shard in the smaller part of a cut to the first one in the other; below 0: at the same time
     handover_seconds: list[float] = field(default_factory=list)
-    #: processes that ended by themselves and were replaced, and why
-    left: list[str] = field(default_factory=list)
-    #: what was wrong; empty: nothing
-    wrong: list[str] = field(default_factory=list)
-    #: what the ranks printed, if anything was wrong
-    output: str = ""
 
 
 class _Runner:

@@ -1,0 +1,197 @@
+"""Tests of the controller between messages of agents and records of a real journal: what comes while a record is on its way."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exoflow_hpc import heartbeat, journal
+from exoflow_hpc.rank import messages as ms
+from exoflow_hpc.rank.controller import Controller
+from exoflow_hpc.rank.failure import Failure
+from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.tally import Tally
+from exoflow_hpc.serialize import pack
+from hoplite_mpi.protocol.view import Member, View
+from tests.exoflow_hpc.semantics.world import make_spec
+
+__all__: list[str] = []
+
+VARIES: dict[str, Any] = {"deterministic": False, "checkpoint": "sync"}
+UNDOABLE: dict[str, Any] = {"external": True, "rollback": "r", "checkpoint": "sync", "max_retries": 3}
+LARGE = 1 << 20
+
+
+class Store:
+    """Has copies of everything, or of nothing."""
+
+    rank = 0
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.deleted: list[Any] = []
+
+    def delete(self, oid: Any) -> None:
+        self.deleted.append(oid)
+
+    def located(self, ids: Any) -> frozenset[Any]:
+        return frozenset() if self.lost else frozenset(ids)
+
+    def is_dead(self, rank: int, incarnation: int) -> bool:
+        return True
+
+
+def view(number: int, *ranks: int) -> View:
+    return View(number, {rank: Member(rank, 0, "node", ("h", 1)) for rank in ranks})
+
+
+class Harness:
+    """A controller whose agents say what a test says; each has one worker."""
+
+    def __init__(self, directory: Path, rows: list[dict[str, Any]], *ranks: int) -> None:
+        (directory / "journal").mkdir()
+        (directory / "checkpoints").mkdir()
+        self.directory = directory
+        self.journal, past = journal.Journal.open(directory)
+        self.sent: list[tuple[int, Any]] = []
+        self.loop, self.store, self.ranks = Loop(), Store(), ranks
+        self.controller = Controller(
+            "w",
+            directory,
+            make_spec(rows),
+            self.journal,
+            past.records,
+            self.store,  # type: ignore[arg-type]
+            self.loop,
+            lambda rank, message: self.sent.append((rank, message)),
+            ProgressLine("w", terminal=False, stream=io.StringIO()),
+            Tally(),
+            10.0,
+        )
+        self.controller.start(view(1, *ranks))
+        for rank in ranks:
+            self.say(rank, ms.Ready(self.epoch, 1, time.monotonic(), heartbeat.identity()))
+        self.settle()
+
+    @property
+    def epoch(self) -> int:
+        return self.journal.epoch
+
+    def say(self, rank: int, message: Any) -> None:
+        self.controller.handle(rank, 0, message)
+
+    def settle(self) -> None:
+        """Wait until all records are durable, and what follows from that has happened."""
+        for _ in range(3):
+            self.journal.flush(10.0)
+            done: list[bool] = []
+            self.loop.post(lambda: done.append(True))
+            assert self.loop.run_until(lambda: bool(done), 10.0)
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        found: list[Any] = []
+        assert self.loop.run_until(
+            lambda: bool(found) or bool(found.append(value) if (value := condition()) else 0), 20
+        )
+        return found[0]
+
+    def take(self, kind: type[Any]) -> list[tuple[int, Any]]:
+        """Return what was sent of that kind since the last time."""
+        found = [entry for entry in self.sent if isinstance(entry[1], kind)]
+        self.sent.clear()
+        return found
+
+    def finished(self, rank: int, run: ms.Run, value: Any, large: bool = False) -> None:
+        packed = pack(value)
+        data = None if large else packed.to_bytes()
+        nbytes = LARGE if large else packed.nbytes
+        meta = packed.meta.to_wire()
+        self.say(rank, ms.Finished(self.epoch, run.task, run.attempt, meta, nbytes, data, 0.1))
+
+    def written(self, rank: int, task: int, attempt: int, value: Any) -> None:
+        meta = pack(value).meta.to_wire()
+        self.say(rank, ms.Written(self.epoch, task, attempt, "1-0.0-0.h5", "x", f"sum of {value}", LARGE, meta))
+
+    def lose(self, rank: int) -> None:
+        self.controller.on_view(view(2, *(other for other in self.ranks if other != rank)), ())
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
+    made: list[Harness] = []
+
+    def make(rows: list[dict[str, Any]], *ranks: int) -> Harness:
+        made.append(Harness(tmp_path, rows, *ranks))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.journal.close()
+
+
+def test_the_attempt_after_one_whose_commit_was_given_up_counts(harness: Callable[..., Harness]) -> None:
+    one = harness([VARIES, {"data": (0,)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, 1, large=True)
+    one.settle()
+    assert [message.attempt for _, message in one.take(ms.Write)] == [0]
+    one.say(rank, ms.WriteFailed(one.epoch, 0, 0, "its bytes are gone", 0, lost=True))
+    one.settle()
+    ((rank, run),) = one.take(ms.Run)
+    assert run.attempt == 1
+    one.finished(rank, run, 2, large=True)
+    one.settle()
+    one.take(ms.Write)
+    one.written(rank, 0, 1, 2)
+    one.settle()
+    assert [message.task for _, message in one.take(ms.Run)] == [1]
+
+
+def test_a_rank_is_lost_between_the_end_of_a_rollback_and_its_record(harness: Callable[..., Harness]) -> None:
+    one = harness([UNDOABLE], 0, 1)
+    ((rank, run),) = one.take(ms.Run)
+    failure = Failure("crash", "it died").to_wire()
+    one.say(rank, ms.Failed(one.epoch, 0, run.attempt, "crash", failure, False, []))
+    ((rank, run),) = one.until(lambda: one.take(ms.Run))
+    assert run.rollback
+    one.finished(rank, run, None)
+    one.lose(rank)
+    ((other, run),) = one.until(lambda: one.take(ms.Run))
+    assert (other != rank, run.rollback, run.incarnation) == (True, False, 1)
+    kinds = [record["type"] for record in journal.read(one.directory).records]
+    assert kinds.count("task_rolled_back") == 1
+
+
+def test_another_consumer_of_what_is_damaged_comes_before_the_record_of_that(harness: Callable[..., Harness]) -> None:
+    one = harness([{"checkpoint": "sync"}, {"data": (0,)}, {"data": (0,)}, {"data": (1, 2)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, 1, large=True)
+    one.written(rank, 0, 0, 1)
+    one.settle()
+    one.store.lost = True
+    one.controller._find_lost_outputs()
+    ((rank, run),) = one.take(ms.Run)
+    one.say(rank, ms.Corrupt(one.epoch, 0, 0, "1-0.0-0.h5 is damaged"))
+    failure = Failure("lost-input", "it is damaged").to_wire()
+    one.say(rank, ms.Failed(one.epoch, run.task, run.attempt, "lost-input", failure, False, []))
+    one.settle()
+    assert one.controller.must_begin_again
+    assert [record["type"] for record in journal.read(one.directory).records][-1] == "task_voided"
+
+
+def test_an_attempt_that_is_taken_back_before_the_record_of_its_start_is_sent_nowhere(
+    harness: Callable[..., Harness],
+) -> None:
+    one = harness([{**VARIES, "checkpoint": "skip"}, {"data": (0,), **UNDOABLE}, {"data": (0, 1)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, 1)
+    one.controller.cancel()  # the record of the start of 1 is on its way
+    one.settle()
+    assert one.take(ms.Run) == []
+    one.until(lambda: one.controller.outcome)
