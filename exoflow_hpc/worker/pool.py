@@ -33,7 +33,9 @@ class PoolStatistics:
     pids: tuple[int, ...]
     #: pid of the forkserver; None while there is none
     forkserver_pid: int | None
+    #: workers that have a task
     busy: int
+    #: tasks that no worker has begun, those among them that wait in a worker's letter box too
     queued: int
     #: workers that became ready
     started: int
@@ -185,7 +187,7 @@ class WorkerPool:
                 pids=tuple(pid for pid in living if pid is not None),
                 forkserver_pid=self._fleet.forkserver_pid,
                 busy=sum(bool(worker.tasks) for worker in workers),
-                queued=len(self._queue),
+                queued=len(self._queue) + sum(max(0, len(worker.tasks) - 1) for worker in workers),
                 started=self._fleet.started,
                 crashed=self._crashed,
             )

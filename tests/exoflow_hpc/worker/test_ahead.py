@@ -44,7 +44,8 @@ def _behind(pool: WorkerPool, tools: Any, path: Path, count: int) -> tuple[int, 
     running = tools.Submitted(pool, tools.request(_until, str(path)))
     pid = int(running.reported())
     waiting = [tools.Submitted(pool, again) for _ in range(count)]
-    assert pool.statistics().queued == max(0, count - pool_module._DEPTH + 1)
+    assert pool.statistics().queued == count
+    assert len(pool._queue) == max(0, count - pool_module._DEPTH + 1), "the others are in its letter box"
     return pid, running, waiting
 
 
@@ -119,7 +120,7 @@ def test_behind_one_that_takes_long_another_worker_takes_them(own_pool: WorkerPo
 def test_one_with_a_limit_waits_for_a_worker_of_its_own(one_worker: WorkerPool, tools: Any, tmp_path: Path) -> None:
     _, running, _ = _behind(one_worker, tools, tmp_path / "go", 0)
     limited = tools.Submitted(one_worker, tools.request(int, timeout=30.0))
-    assert one_worker.statistics().queued == 1
+    assert len(one_worker._queue) == 1
     time.sleep(0.1)
     (tmp_path / "go").touch()
     assert isinstance(running.result(), TaskDone)
