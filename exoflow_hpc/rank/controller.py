@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import checksums, records, serialize
+from exoflow_hpc import records, serialize
 from exoflow_hpc import scheduler_events as ev
 from exoflow_hpc.errors import ExoFlowError, FencedError, NondeterminismError
 from exoflow_hpc.history import facts_of
@@ -24,14 +24,13 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure, pack_caught
-from exoflow_hpc.rank.leases import GRACE, Leases, unfinished
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.seen import Seen
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.rank.writes import Writes
 from exoflow_hpc.scheduler import Scheduler
-from exoflow_hpc.semantics import descendants
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi import ClosedError, EvictedError
@@ -74,7 +73,7 @@ class Controller:
         self._journal = journal
         self._store = store
         self._loop = loop
-        self._send = send
+        self.send = send
         self._progress = progress
         self._tally = tally
         self._epoch = journal.epoch
@@ -88,22 +87,14 @@ class Controller:
         self._void_up_to: dict[int, int] = {}
         #: committed tasks whose output was found damaged
         self._corrupted: set[int] = set()
-        #: task → checksum of an output that somebody has seen: made again, it has to be the same (R12)
-        self._seen = facts.seen
-        #: tasks that were dispatched in this epoch
-        self._began: set[int] = set()
-        self._varies = {t.index for t in spec.tasks if not t.deterministic} | facts.deviant
-        self._effects = Effects(spec, facts)
-        #: 0: nothing has effects, so nobody needs one
-        self._lease = lease if any(task.external for task in spec.tasks) else 0.0
-        self._leases = Leases(self._lease, journal.check)
-        self._unfinished = unfinished(facts)
+        self._seen = Seen(spec, facts)
+        self._effects = Effects(spec, facts, journal, lease, self)
         self._scheduler = Scheduler(
             spec,
             committed=self._committed,
             attempts=facts.attempts,
             effects=list(facts.effects),
-            unseen=[(task, start.attempt) for task, start in self._unfinished],
+            unseen=self._effects.unseen,
             deviant=facts.deviant,
             owed=facts.owed,
             settings=Settings.from_environment(),
@@ -121,8 +112,6 @@ class Controller:
         self._running: dict[tuple[int, int], int] = {}
         #: records that the journal has not been given yet, and what is to follow
         self._unwritten: list[tuple[dict[str, Any], Callable[[], None], Callable[[BaseException], None]]] = []
-        #: those of them that wait for the record of their start
-        self._starting: set[tuple[int, int]] = set()
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
         self.outcome: Outcome | None = None
@@ -131,15 +120,12 @@ class Controller:
 
     def start(self, view: View) -> None:
         """Begin with the ranks of *view*."""
-        self._append(records.WorkflowStarted(socket.gethostname(), os.getpid(), time.time()), lambda: None)
+        self.append(records.WorkflowStarted(socket.gethostname(), os.getpid(), time.time()), lambda: None)
         self._tally.begin(view)
         self._invite(view)
         self._do(self._scheduler.handle(ev.Start()))
-        if self._seen:
-            self._forget_seen(index for index in self._scheduler.wanted if index in self._varies)
-        if self._unfinished:
-            seconds = self._leases.seconds_left_of(start for _, start in self._unfinished)
-            self._let_end(seconds, [(task, start.attempt) for task, start in self._unfinished])
+        self._seen.begin(self._scheduler.wanted)
+        self._effects.begin()
         self._show()
 
     def on_view(self, view: View, lost: tuple[Member, ...]) -> None:
@@ -156,39 +142,17 @@ class Controller:
             incarnation = self._agents.pop(rank)
             self._awaited.discard(rank)
             running = [which for which, where in self._running.items() if where == rank]
-            for (task, attempt), where in list(self._running.items()):
-                if where == rank:  # its worker may have left a whole output in the node's memory
-                    del self._running[task, attempt]
-                    self._effects.stopped(task, attempt)
-                    self._store.delete(self._id(task, attempt))
-            # who may have effects still is waited for; dead workers of a dead rank, too, may be a moment behind it
-            unseen = [which for which in running if self._spec.tasks[which[0]].external]
-            self._handle(ev.RankLost(rank, incarnation, certain=not unseen))
-            if unseen:
-                dead = self._store.is_dead(rank, incarnation)
-                self._let_end(self._leases.seconds_left(rank, dead), unseen)
+            for which in running:  # its worker may have left a whole output in the node's memory
+                del self._running[which]
+                self._effects.stopped(which)
+                self._store.delete(self._id(*which))
+            unseen = self._effects.lost(rank, self._store.is_dead(rank, incarnation), running)
+            self.tell(ev.RankLost(rank, incarnation, certain=not unseen))
             for task, (attempt, writer) in list(self._writing.items()):
                 if writer == rank:
                     del self._writing[task]
-                    self._handle(ev.CommitFailed(task, attempt, "the rank that wrote it was lost"))
+                    self.tell(ev.CommitFailed(task, attempt, "the rank that wrote it was lost"))
         self._invite(view)
-
-    def _let_end(self, seconds: float, attempts: list[tuple[int, int]]) -> None:
-        """Take attempts that were lost from sight for over, once they must be."""
-        if seconds > 2.0:
-            names = ", ".join(sorted({self._spec.tasks[task].name for task, _ in attempts}))
-            self._progress.say(f"waiting {seconds:.1f} s until nobody can be at {names} any more")
-        self._loop.after(seconds, lambda: self._handle(ev.AttemptsOver(tuple(attempts))))
-
-    def _grant(self, rank: int, sent: float) -> None:
-        if not self._lease:
-            return
-        try:
-            self._leases.grant(rank)
-        except ExoFlowError as error:
-            self._broken(error)
-        else:
-            self._send(rank, ms.Renewed(self._epoch, sent))
 
     def _invite(self, view: View) -> None:
         for member in view.members.values():
@@ -205,7 +169,9 @@ class Controller:
             self._begin(rank)
 
     def _begin(self, rank: int) -> None:
-        self._send(rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir), self._run, self._lease))
+        self.send(
+            rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir), self._run, self._effects.lease)
+        )
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
@@ -220,11 +186,11 @@ class Controller:
             log.info("outputs lost with their ranks: %s", [self._spec.tasks[task].name for task, _ in lost])
             for task, _ in lost:
                 self._outputs.pop(task, None)
-            self._handle(ev.ObjectsLost(lost))
+            self.tell(ev.ObjectsLost(lost))
 
     def cancel(self) -> None:
         """Stop the workflow: CANCELED."""
-        self._handle(ev.Cancel())
+        self.tell(ev.Cancel())
 
     # -- messages of agents ----------------------------------------------------------------------------------------------------
 
@@ -237,16 +203,11 @@ class Controller:
             case ms.Finished():  # the most frequent one first
                 self._finished(rank, message)
             case ms.Renew():
-                self._grant(rank, message.sent)
+                self._effects.renew(rank, message.sent)
             case ms.Ready():
                 self._awaited.discard(rank)
-                self._leases.processes[rank] = message.process
-                # it has stopped what it ran in older epochs
-                stopped = [(t, start.attempt) for t, start in self._unfinished if start.process == message.process]
-                if stopped:
-                    self._let_end(GRACE, stopped)
-                self._grant(rank, message.sent)
-                self._handle(ev.RankJoined(rank, incarnation, message.slots))
+                self._effects.joined(rank, message.process, message.sent)
+                self.tell(ev.RankJoined(rank, incarnation, message.slots))
             case ms.Failed():
                 self._failed(message)
             case ms.Written():
@@ -262,8 +223,8 @@ class Controller:
     def _finished(self, rank: int, message: ms.Finished) -> None:
         task = message.task
         self._running.pop((task, message.attempt), None)
-        if self._effects.is_rollback(task, message.attempt):
-            self._rolled_back(task, message.attempt)
+        if self._effects.is_rollback((task, message.attempt)):
+            self._effects.rolled_back((task, message.attempt))
             return
         known = self._outputs.get(task)
         meta = Meta.from_wire(message.meta)
@@ -275,25 +236,23 @@ class Controller:
             self._outputs[task] = output
         quick = message.seconds < _QUICK and not self._awaited
         write_seconds = self._writes.seconds(message.nbytes)
-        self._handle(
-            ev.TaskFinished(task, message.attempt, rank, message.nbytes, message.seconds, write_seconds, quick)
-        )
+        self.tell(ev.TaskFinished(task, message.attempt, rank, message.nbytes, message.seconds, write_seconds, quick))
 
     def _failed(self, message: ms.Failed) -> None:
         failure = Failure.from_wire(message.error)
         self._running.pop((message.task, message.attempt), None)
         name = self._spec.tasks[message.task].name
-        undoing = self._effects.is_rollback(message.task, message.attempt)
+        undoing = self._effects.is_rollback((message.task, message.attempt))
         if failure.kind not in ("canceled", "returned"):
             what = f"the rollback of task {name}" if undoing else f"task {name}"
             self._progress.say(f"{what} (attempt {message.attempt}): {failure.text}")
         if undoing:
-            self._effects.stopped(message.task, message.attempt)
+            self._effects.stopped((message.task, message.attempt))
             lost = message.kind in ("rank-lost", "lost-input", "storage")
-            self._handle(ev.RollbackFailed(message.task, message.attempt, failure, lost))
+            self.tell(ev.RollbackFailed(message.task, message.attempt, failure, lost))
             return
         missing = tuple((task, attempt) for task, attempt in message.missing)
-        self._handle(ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, missing))
+        self.tell(ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, missing))
 
     def _written(self, message: ms.Written) -> None:
         if self._writing.get(message.task, (-1, -1))[0] == message.attempt:
@@ -308,10 +267,10 @@ class Controller:
         del self._writing[message.task]
         if message.lost:
             self._outputs.pop(message.task, None)
-            self._handle(ev.ObjectsLost(((message.task, message.attempt),)))
+            self.tell(ev.ObjectsLost(((message.task, message.attempt),)))
         else:
             self._progress.say(f"task {self._spec.tasks[message.task].name} could not be saved: {message.text}")
-            self._handle(ev.CommitFailed(message.task, message.attempt, Failure("commit", message.text)))
+            self.tell(ev.CommitFailed(message.task, message.attempt, Failure("commit", message.text)))
 
     # -- outputs that are void ---------------------------------------------------------------------------------------------------
 
@@ -323,7 +282,7 @@ class Controller:
         self._corrupted.add(message.task)
         name = self._spec.tasks[message.task].name
         self._progress.say(f"{message.text}; task {name} runs again")
-        self._append(records.TaskVoided(name, message.attempt, message.text), self._begin_again)
+        self.append(records.TaskVoided(name, message.attempt, message.text), self._begin_again)
 
     def _void(self, task: int, up_to: int, text: str, durable: Callable[[], None]) -> None:
         """Have outputs of attempts *up_to* that one count as absent; *durable* follows at once if the journal never named one."""
@@ -332,22 +291,16 @@ class Controller:
         attempt = self._appended.pop(task, None)
         known = self._committed.pop(task, None)
         if known is not None:
-            self._seen.setdefault(task, known.checksum)
+            self._seen.voided(task, known.checksum)
         if attempt is None:
             self._loop.post(durable)
         else:
-            self._append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost=True), durable)
-
-    def _forget_seen(self, varying: Iterable[int]) -> None:
-        """What is computed from these may come out another one, since they may."""
-        for index in descendants(self._spec.tasks, varying):
-            self._seen.pop(index, None)
+            self.append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost=True), durable)
 
     def _deviates(self, task: int, checksum: str) -> bool:
         """Whether a task that is taken to be deterministic gave another output than one that was seen: then the run begins again (R12)."""
-        before = self._seen.setdefault(task, checksum)
-        if before == checksum or task in self._varies or not checksums.are_comparable(before, checksum):
-            self._seen[task] = checksum
+        before = self._seen.deviation(task, checksum)
+        if before is None:
             return False
         name = self._spec.tasks[task].name
         text = (
@@ -355,7 +308,12 @@ class Controller:
             "declare it deterministic=False"
         )
         self._progress.say(f"{text}; what was computed from the first one runs again")
-        self._append(records.TaskDeviated(name, text), self._begin_again)
+
+        def durable() -> None:
+            fault.point("controller.deviated")
+            self._begin_again()
+
+        self.append(records.TaskDeviated(name, text), durable)
         return True
 
     def _begin_again(self) -> None:
@@ -364,7 +322,8 @@ class Controller:
 
     # -- instructions ----------------------------------------------------------------------------------------------------------
 
-    def _handle(self, event: ev.Event) -> None:
+    def tell(self, event: ev.Event) -> None:
+        """Give the scheduler an event, and do what it says."""
         if self.outcome is None:
             self._do(self._scheduler.handle(event))
 
@@ -382,7 +341,8 @@ class Controller:
                 case ev.Void():
                     self._void_consumer(what)
                 case ev.Rollback():
-                    self._roll_back(what)
+                    self._running[what.task, what.attempt] = what.rank
+                    self._effects.roll_back(what)
                 case ev.Finish():
                     self._finish(what)
                 case ev.RetryAfter():
@@ -393,49 +353,24 @@ class Controller:
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
         self._running[what.task, what.attempt] = what.rank
-        if what.task in self._varies and what.task in self._began:
-            self._forget_seen([what.task])
-        self._began.add(what.task)
+        self._seen.dispatched(what.task)
         places = [self._place(one) for one in what.inputs]
         message = ms.Run(
             self._epoch, what.task, what.attempt, self._effects.incarnation(what.task), rollback=False, inputs=places
         )
         if self._spec.tasks[what.task].external:
-            self._start_effect(what, message)
+            inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
+            self._effects.start(what, message, inputs, self._seen.by(what.task, self._committed))
         else:
-            self._send(what.rank, message)
-
-    def _start_effect(self, what: ev.Dispatch, message: ms.Run) -> None:
-        """Dispatch an external task, once the journal durably says so, and the epoch is still ours after that (R10a)."""
-        inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
-        self._starting.add((what.task, what.attempt))
-        record = self._effects.started(
-            what.task,
-            what.attempt,
-            what.rank,
-            self._leases.processes.get(what.rank, {}),
-            inputs,
-            self._consumed(what.task),
-        )
-
-        def durable() -> None:
-            fault.point("controller.started")
-            if (what.task, what.attempt) not in self._starting:
-                return  # canceled meanwhile
-            self._starting.discard((what.task, what.attempt))
-            if self._running.get((what.task, what.attempt)) == what.rank and self.outcome is None:
-                self._send(what.rank, message)
-
-        self._append(record, durable)
+            self.send(what.rank, message)
 
     def _cancel_attempt(self, what: ev.CancelAttempt) -> None:
         which = (what.task, what.attempt)
-        if which in self._starting:  # it is nowhere yet
-            self._starting.discard(which)
+        if self._effects.take_back(which):  # it is nowhere yet
             self._running.pop(which, None)
-            self._loop.post(lambda: self._handle(ev.TaskFailed(what.task, what.attempt, "canceled")))
+            self._loop.post(lambda: self.tell(ev.TaskFailed(what.task, what.attempt, "canceled")))
         else:
-            self._send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
+            self.send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
 
     def _kept(self, one: ev.Input) -> list[Any]:
         """Return where an input is for good: what a rollback will be given."""
@@ -450,33 +385,14 @@ class Controller:
             serialize.checksum(output.meta, output.data),
         ]
 
-    # -- effects that are undone -----------------------------------------------------------------------------------------------
-
     def _void_consumer(self, what: ev.Void) -> None:
         text = "it was computed from an output that is lost and may come out another one"
-        self._void(what.task, what.attempt, text, lambda: self._handle(ev.Voided(what.task)))
-
-    def _roll_back(self, what: ev.Rollback) -> None:
-        fault.point("controller.roll_back")
-        name = self._spec.tasks[what.task].name
-        self._progress.say(f"what task {name} did is undone")
-        which = (what.task, what.attempt)
-        self._running[which] = what.rank
-        places = self._effects.roll_back(*which)
-        life = self._effects.incarnation(what.task)
-        message = ms.Run(self._epoch, *which, life, rollback=True, inputs=places)
 
         def durable() -> None:
-            if self._running.get(which) == what.rank and self.outcome is None:
-                self._send(what.rank, message)
+            fault.point("controller.voided")
+            self.tell(ev.Voided(what.task))
 
-        process = self._leases.processes.get(what.rank, {})
-        self._append(records.RollbackStarted(name, what.attempt, process), durable)
-
-    def _rolled_back(self, task: int, attempt: int) -> None:
-        self._handle(ev.RollbackEnded(task, attempt))
-        record = self._effects.rolled_back(task, attempt)
-        self._append(record, lambda: self._handle(ev.RolledBack(task, attempt)))
+        self._void(what.task, what.attempt, text, durable)
 
     def _place(self, one: ev.Input) -> ms.InputPlace:
         output = self._outputs.get(one.task)
@@ -496,7 +412,7 @@ class Controller:
     def _begin_commit(self, task: int, attempt: int) -> None:
         output = self._outputs.get(task)
         if output is None or output.attempt != attempt:
-            self._loop.post(lambda: self._handle(ev.ObjectsLost(((task, attempt),))))
+            self._loop.post(lambda: self.tell(ev.ObjectsLost(((task, attempt),))))
             return
         if output.data is not None:
             checksum = output.checksum or serialize.checksum(output.meta, output.data)
@@ -508,7 +424,7 @@ class Controller:
         rank = output.rank if output.rank in self._agents else min(self._agents)
         self._writing[task] = (attempt, rank)
         self._writes.began(task)
-        self._send(rank, ms.Write(self._epoch, task, attempt))
+        self.send(rank, ms.Write(self._epoch, task, attempt))
 
     def _commit(
         self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]
@@ -517,7 +433,14 @@ class Controller:
             return
         life = self._effects.incarnation(task)
         record = records.TaskCommitted(
-            self._spec.tasks[task].name, attempt, life, place, checksum, nbytes, meta, self._consumed(task)
+            self._spec.tasks[task].name,
+            attempt,
+            life,
+            place,
+            checksum,
+            nbytes,
+            meta,
+            self._seen.by(task, self._committed),
         )
         self._appended.setdefault(task, attempt)
 
@@ -526,23 +449,18 @@ class Controller:
             if self._appended.get(task) != attempt:
                 return  # it was voided meanwhile
             self._committed[task] = record
-            self._seen.pop(task, None)
+            self._seen.committed(task)
             self._effects.committed(task, record)
             self._progress.add_bytes(nbytes)
-            self._handle(ev.TaskCommitted(task, attempt))
+            self.tell(ev.TaskCommitted(task, attempt))
             self._show()
 
         def failed(error: BaseException) -> None:
-            self._handle(ev.CommitFailed(task, attempt, error, retryable=False))
+            self.tell(ev.CommitFailed(task, attempt, error, retryable=False))
 
-        self._append(record, durable, failed)
+        self.append(record, durable, failed)
 
-    def _consumed(self, task: int) -> list[Any]:
-        """Return what the record of a commit says of inputs that have none themselves."""
-        data = [index for index in self._spec.tasks[task].data if index not in self._committed and index in self._seen]
-        return [[self._spec.tasks[index].name, self._seen[index]] for index in data]
-
-    def _append(
+    def append(
         self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
     ) -> None:
         """Journal a record; *durable* or *failed* follows in the loop's thread.
@@ -551,7 +469,7 @@ class Controller:
         """
         if not self._unwritten:
             self._loop.post(self._write)
-        self._unwritten.append((records.encode(record), durable, failed or self._broken))
+        self._unwritten.append((records.encode(record), durable, failed or self.broken))
 
     def _write(self) -> None:
         unwritten, self._unwritten = self._unwritten, []
@@ -569,9 +487,24 @@ class Controller:
         error = future.exception()
         self._loop.post(durable if error is None else partial(failed, error))
 
-    def _broken(self, error: BaseException) -> None:
+    def broken(self, error: BaseException) -> None:
+        """Nothing can be committed in this epoch any more."""
         if self.outcome is None:
             self._end("RESUMABLE", error if isinstance(error, ExoFlowError) else ExoFlowError(str(error)))
+
+    # -- for the effects (`EffectsDriver`), beside `append`, `send`, `tell` and `broken` ------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        self._progress.say(text)
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have *call* called later."""
+        self._loop.after(seconds, call)
+
+    def is_running(self, which: tuple[int, int], rank: int) -> bool:
+        """Whether an attempt is still meant to run on *rank*."""
+        return self._running.get(which) == rank and self.outcome is None
 
     # -- the end -----------------------------------------------------------------------------------------------------------------
 
@@ -592,7 +525,7 @@ class Controller:
             self._end(what.status, error)
             return
         record = records.WorkflowFinished(what.status, str(error or ""), ms.pack_error(error))
-        self._append(record, lambda: self._end(what.status, error))
+        self.append(record, lambda: self._end(what.status, error))
 
     def _end(self, status: str, error: ExoFlowError | None) -> None:
         if self.outcome is not None:
@@ -627,7 +560,7 @@ class Controller:
     # -- failures ----------------------------------------------------------------------------------------------------------------
 
     def _retry_after(self, what: ev.RetryAfter) -> None:
-        self._loop.after(what.delay, lambda: self._handle(ev.RetryDue(what.task, what.attempt)))
+        self._loop.after(what.delay, lambda: self.tell(ev.RetryDue(what.task, what.attempt)))
 
     def _catch(self, what: ev.Catch) -> None:
         """Make the error of an attempt its output: here, since of a crash no worker is left to make it."""
@@ -636,6 +569,4 @@ class Controller:
         plan = pack_caught(failure, name)
         # small, so it never needs the store
         self._outputs[what.task] = Output(what.attempt, plan.meta, plan.to_bytes(), self._store.rank)
-        self._loop.post(
-            lambda: self._handle(ev.TaskCaught(what.task, what.attempt, self._store.rank, plan.meta.nbytes))
-        )
+        self._loop.post(lambda: self.tell(ev.TaskCaught(what.task, what.attempt, self._store.rank, plan.meta.nbytes)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from exoflow_hpc import heartbeat, records
 from exoflow_hpc.history import Facts
@@ -31,8 +30,6 @@ class Leases:
         self._began = time.monotonic()
         #: rank → when its lease was last granted
         self._granted: dict[int, float] = {}
-        #: rank → `heartbeat.identity` of its process
-        self.processes: dict[int, dict[str, Any]] = {}
 
     def grant(self, rank: int) -> None:
         """Renew the lease of a rank from now on. FencedError, StorageError: it must not be told so."""
