@@ -7,12 +7,12 @@ seen to by `undoing`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .placement import Ranks
 from .records import INLINE_LIMIT
+from .retries import Retries
 from .scheduler_events import (
     AttemptsOver,
     Cancel,
@@ -107,11 +107,7 @@ class Scheduler:
         self._committing: dict[int, int] = {}
         #: the same, also where nobody waits for the answer any more, since the output is lost: it may get through all the same
         self._asked: dict[int, int] = {}
-        self._commit_failures: dict[int, int] = {}
-        self._failures: dict[int, int] = {}
-        self._losses: dict[int, int] = {}
-        self._rollback_failures: dict[int, int] = {}
-        self._seed = seed
+        self._retries = Retries(spec.tasks, self._settings, seed)
         #: task → its attempt that failed, for those that wait before they run again
         self._delayed: dict[int, int] = {}
         #: task → its attempt that failed for good, while its error is made its output
@@ -194,7 +190,7 @@ class Scheduler:
             f"output in memory: {f'of attempt {held.attempt}' if held else 'none'}, "
             f"inputs missing {table.missing[task]}, "
             f"control edges open {table.blocked[task]}, readers {table.readers[task]}, "
-            f"failures {self._failures.get(task, 0)}, ranks lost {self._losses.get(task, 0)}"
+            f"failures {self._retries.failures[task]}, ranks lost {self._retries.losses[task]}"
         )
 
     # ------------------------------------------------------------------------------------------------------ events
@@ -275,8 +271,7 @@ class Scheduler:
             self._lose(event.missing)
             return
         may_retry = event.retryable if event.kind == "exception" else True
-        if may_retry and self._failures.get(task, 0) < self.spec.tasks[task].max_retries:
-            self._failures[task] = self._failures.get(task, 0) + 1
+        if may_retry and self._retries.after_failure(task):
             self._retry(task)
         elif self.spec.tasks[task].catch_exceptions and event.kind in _CAUGHT:
             if self.spec.tasks[task].rollback:  # half of an effect would be neither the one nor the other
@@ -313,8 +308,7 @@ class Scheduler:
             self._committing.clear()  # nothing can be written any more, so nothing is waited for
         if self._ending is not None:
             return
-        self._commit_failures[task] = self._commit_failures.get(task, 0) + 1
-        if event.retryable and self._commit_failures[task] <= self._settings.max_commit_retries:
+        if event.retryable and self._retries.after_commit(task):
             self._commit(task)
         else:
             self._end(Finish("RESUMABLE", task, "commit", event.error))
@@ -350,10 +344,7 @@ class Scheduler:
         self._ranks.end(event.task, event.attempt)
         self._undoing.stopped()
         self._undoing.is_over(event.task, event.attempt)
-        count = self._losses if event.lost else self._rollback_failures
-        count[event.task] = count.get(event.task, 0) + 1
-        allowed = self._settings.max_rank_losses if event.lost else self.spec.tasks[event.task].max_retries
-        if count[event.task] > allowed:
+        if not self._retries.after_rollback(event.task, event.lost):
             self._end(Finish("FAILED", event.task, "rollback", event.error))
 
     def _go_on_undoing(self) -> None:
@@ -434,8 +425,7 @@ class Scheduler:
             self._committing.pop(task, None)  # its answer may still come, but isn't waited for
 
     def _count_loss(self, task: int, kind: str, error: Any) -> None:
-        self._losses[task] = self._losses.get(task, 0) + 1
-        if self._losses[task] > self._settings.max_rank_losses:
+        if not self._retries.after_loss(task):
             # what is stored may be readable again later, so a storage that isn't there fails no workflow
             self._end(Finish("RESUMABLE" if kind == "storage" else "FAILED", task, kind, error))
         else:
@@ -536,16 +526,12 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ waiting, catching
     def _retry(self, task: int) -> None:
-        """Run the task again: after a while that grows with its failures, so that what was overloaded can recover."""
-        first = self.spec.tasks[task].retry_delay
-        base = self._settings.retry_backoff if first is None else first
-        # the exponent is bounded, or the float would overflow
-        longest = min(base * 2.0 ** min(self._failures[task] - 1, 60), max(base, self._settings.retry_backoff_max))
-        if longest <= 0:
+        """Run the task again, after a while."""
+        attempt = self._attempt[task]
+        delay = self._retries.wait(task, attempt)
+        if delay <= 0:
             self._table.requeue(task)
             return
-        attempt = self._attempt[task]
-        delay = random.Random(f"{self._seed}/{task}/{attempt}").uniform(0, longest)
         self._delayed[task] = attempt
         self._table.hold((task,))
         self._table.requeue(task)

@@ -9,8 +9,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +20,14 @@ from exoflow_hpc.journal import Journal
 from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import output_id
+from exoflow_hpc.rank.commits import Commits
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure, pack_caught
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
-from exoflow_hpc.rank.seen import Seen
+from exoflow_hpc.rank.recording import Recorder
 from exoflow_hpc.rank.tally import Tally
-from exoflow_hpc.rank.writes import Writes
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
@@ -79,19 +77,13 @@ class Controller:
         self._epoch = journal.epoch
         self._run = secrets.token_hex(8)
         facts = facts_of(spec, history)
-        #: task → what the journal says of its output
-        self._committed = facts.committed
-        #: task → attempt whose record of its commit was appended, durable or not, and was not voided since
-        self._appended = {task: record.attempt for task, record in facts.committed.items()}
-        #: task → latest attempt of it that is void: what still comes of it is dropped
-        self._void_up_to: dict[int, int] = {}
-        #: committed tasks whose output was found damaged
-        self._corrupted: set[int] = set()
-        self._seen = Seen(spec, facts)
+        self._outputs: dict[int, Output] = {}
+        self._recorder = Recorder(journal, loop)
         self._effects = Effects(spec, facts, journal, lease, self)
+        self._commits = Commits(spec, facts, self._outputs, self._effects, self, self._epoch, self._add_bytes)
         self._scheduler = Scheduler(
             spec,
-            committed=self._committed,
+            committed=facts.committed,
             attempts=facts.attempts,
             effects=list(facts.effects),
             unseen=self._effects.unseen,
@@ -100,18 +92,12 @@ class Controller:
             settings=Settings.from_environment(),
             seed=self._run,
         )
-        self._outputs: dict[int, Output] = {}
-        self._writes = Writes()
-        #: task → (attempt, rank) of a write that was asked for and not answered
-        self._writing: dict[int, tuple[int, int]] = {}
         #: rank → incarnation of agents that were told to begin
         self._agents: dict[int, int] = {}
         #: ranks that were told to begin and have not answered: no task is dispatched ahead before they have got theirs
         self._awaited: set[int] = set()
         #: (task, attempt) → rank, of what was dispatched and not answered
         self._running: dict[tuple[int, int], int] = {}
-        #: records that the journal has not been given yet, and what is to follow
-        self._unwritten: list[tuple[dict[str, Any], Callable[[], None], Callable[[BaseException], None]]] = []
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
         self.outcome: Outcome | None = None
@@ -124,7 +110,7 @@ class Controller:
         self._tally.begin(view)
         self._invite(view)
         self._do(self._scheduler.handle(ev.Start()))
-        self._seen.begin(self._scheduler.wanted)
+        self._commits.seen.begin(self._scheduler.wanted)
         self._effects.begin()
         self._show()
 
@@ -148,10 +134,7 @@ class Controller:
                 self._store.delete(self._id(*which))
             unseen = self._effects.lost(rank, self._store.is_dead(rank, incarnation), running)
             self.tell(ev.RankLost(rank, incarnation, certain=not unseen))
-            for task, (attempt, writer) in list(self._writing.items()):
-                if writer == rank:
-                    del self._writing[task]
-                    self.tell(ev.CommitFailed(task, attempt, "the rank that wrote it was lost"))
+            self._commits.rank_lost(rank)
         self._invite(view)
 
     def _invite(self, view: View) -> None:
@@ -211,11 +194,13 @@ class Controller:
             case ms.Failed():
                 self._failed(message)
             case ms.Written():
-                self._written(message)
+                self._commits.written(message)
             case ms.WriteFailed():
-                self._write_failed(message)
+                if self._commits.write_failed(message):
+                    self._outputs.pop(message.task, None)
+                    self.tell(ev.ObjectsLost(((message.task, message.attempt),)))
             case ms.Corrupt():
-                self._corrupt(message)
+                self._commits.damaged(message)
             case ms.Progress():
                 self._progress.task(self._spec.tasks[message.task].name, message.fraction, message.text)
         self._show()
@@ -229,13 +214,13 @@ class Controller:
         known = self._outputs.get(task)
         meta = Meta.from_wire(message.meta)
         checksum = "" if message.data is None else serialize.checksum(meta, message.data)
-        if checksum and self._scheduler.is_current(task, message.attempt) and self._deviates(task, checksum):
+        if checksum and self._scheduler.is_current(task, message.attempt) and self._commits.deviates(task, checksum):
             return
         output = Output(message.attempt, meta, message.data, rank, checksum)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         quick = message.seconds < _QUICK and not self._awaited
-        write_seconds = self._writes.seconds(message.nbytes)
+        write_seconds = self._commits.writes.seconds(message.nbytes)
         self.tell(ev.TaskFinished(task, message.attempt, rank, message.nbytes, message.seconds, write_seconds, quick))
 
     def _failed(self, message: ms.Failed) -> None:
@@ -253,72 +238,6 @@ class Controller:
             return
         missing = tuple((task, attempt) for task, attempt in message.missing)
         self.tell(ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, missing))
-
-    def _written(self, message: ms.Written) -> None:
-        if self._writing.get(message.task, (-1, -1))[0] == message.attempt:
-            del self._writing[message.task]
-            self._writes.ended(message.task, message.nbytes)
-        place = records.InCheckpoint(message.file, message.entry)
-        self._commit(message.task, message.attempt, place, message.checksum, message.nbytes, message.meta)
-
-    def _write_failed(self, message: ms.WriteFailed) -> None:
-        if self._writing.get(message.task, (-1, -1))[0] != message.attempt:
-            return
-        del self._writing[message.task]
-        if message.lost:
-            self._outputs.pop(message.task, None)
-            self.tell(ev.ObjectsLost(((message.task, message.attempt),)))
-        else:
-            self._progress.say(f"task {self._spec.tasks[message.task].name} could not be saved: {message.text}")
-            self.tell(ev.CommitFailed(message.task, message.attempt, Failure("commit", message.text)))
-
-    # -- outputs that are void ---------------------------------------------------------------------------------------------------
-
-    def _corrupt(self, message: ms.Corrupt) -> None:
-        record = self._committed.get(message.task)
-        if record is None or record.attempt != message.attempt or message.task in self._corrupted:
-            return
-        # it stands as far as this epoch is concerned, which ends with that record
-        self._corrupted.add(message.task)
-        name = self._spec.tasks[message.task].name
-        self._progress.say(f"{message.text}; task {name} runs again")
-        self.append(records.TaskVoided(name, message.attempt, message.text), self._begin_again)
-
-    def _void(self, task: int, up_to: int, text: str, durable: Callable[[], None]) -> None:
-        """Have outputs of attempts *up_to* that one count as absent; *durable* follows at once if the journal never named one."""
-        self._writing.pop(task, None)
-        self._void_up_to[task] = up_to
-        attempt = self._appended.pop(task, None)
-        known = self._committed.pop(task, None)
-        if known is not None:
-            self._seen.voided(task, known.checksum)
-        if attempt is None:
-            self._loop.post(durable)
-        else:
-            self.append(records.TaskVoided(self._spec.tasks[task].name, attempt, text, lost=True), durable)
-
-    def _deviates(self, task: int, checksum: str) -> bool:
-        """Whether a task that is taken to be deterministic gave another output than one that was seen: then the run begins again (R12)."""
-        before = self._seen.deviation(task, checksum)
-        if before is None:
-            return False
-        name = self._spec.tasks[task].name
-        text = (
-            f"task {name} is taken to be deterministic, but gave another output than before (checksum {checksum}, not {before}): "
-            "declare it deterministic=False"
-        )
-        self._progress.say(f"{text}; what was computed from the first one runs again")
-
-        def durable() -> None:
-            fault.point("controller.deviated")
-            self._begin_again()
-
-        self.append(records.TaskDeviated(name, text), durable)
-        return True
-
-    def _begin_again(self) -> None:
-        self.must_begin_again = True
-        self._end("RESUMABLE", None)
 
     # -- instructions ----------------------------------------------------------------------------------------------------------
 
@@ -339,7 +258,7 @@ class Controller:
                 case ev.CancelAttempt():
                     self._cancel_attempt(what)
                 case ev.Void():
-                    self._void_consumer(what)
+                    self._commits.void(what)
                 case ev.Rollback():
                     self._running[what.task, what.attempt] = what.rank
                     self._effects.roll_back(what)
@@ -353,14 +272,15 @@ class Controller:
     def _dispatch(self, what: ev.Dispatch) -> None:
         fault.point("controller.dispatch")
         self._running[what.task, what.attempt] = what.rank
-        self._seen.dispatched(what.task)
+        self._commits.seen.dispatched(what.task)
         places = [self._place(one) for one in what.inputs]
         message = ms.Run(
             self._epoch, what.task, what.attempt, self._effects.incarnation(what.task), rollback=False, inputs=places
         )
         if self._spec.tasks[what.task].external:
-            inputs = [self._kept(one) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
-            self._effects.start(what, message, inputs, self._seen.by(what.task, self._committed))
+            commits = self._commits
+            inputs = [commits.kept(one.task) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
+            self._effects.start(what, message, inputs, commits.seen.by(what.task, commits.committed))
         else:
             self.send(what.rank, message)
 
@@ -372,34 +292,12 @@ class Controller:
         else:
             self.send(what.rank, ms.Cancel(self._epoch, what.task, what.attempt))
 
-    def _kept(self, one: ev.Input) -> list[Any]:
-        """Return where an input is for good: what a rollback will be given."""
-        record = self._committed.get(one.task)
-        if record is not None:
-            return [record.location.to_wire(), record.meta, record.checksum]
-        output = self._outputs[one.task]
-        assert output.data is not None, "a large input was committed before"
-        return [
-            records.Inline(output.data).to_wire(),
-            output.meta.to_wire(),
-            serialize.checksum(output.meta, output.data),
-        ]
-
-    def _void_consumer(self, what: ev.Void) -> None:
-        text = "it was computed from an output that is lost and may come out another one"
-
-        def durable() -> None:
-            fault.point("controller.voided")
-            self.tell(ev.Voided(what.task))
-
-        self._void(what.task, what.attempt, text, durable)
-
     def _place(self, one: ev.Input) -> ms.InputPlace:
         output = self._outputs.get(one.task)
         if one.source == "memory":
             assert output is not None and output.attempt == one.attempt, self._scheduler.story(one.task)
             return output.place(one.task)
-        return place_of(one.task, self._committed[one.task])
+        return place_of(one.task, self._commits.committed[one.task])
 
     def _release(self, what: ev.Release) -> None:
         output = self._outputs.get(what.task)
@@ -414,85 +312,30 @@ class Controller:
         if output is None or output.attempt != attempt:
             self._loop.post(lambda: self.tell(ev.ObjectsLost(((task, attempt),))))
             return
-        if output.data is not None:
-            checksum = output.checksum or serialize.checksum(output.meta, output.data)
-            self._commit(
-                task, attempt, records.Inline(output.data), checksum, output.meta.nbytes, output.meta.to_wire()
-            )
-            return
         # the rank that has the bytes, or, if it is gone, any other: it gets them first
-        rank = output.rank if output.rank in self._agents else min(self._agents)
-        self._writing[task] = (attempt, rank)
-        self._writes.began(task)
-        self.send(rank, ms.Write(self._epoch, task, attempt))
-
-    def _commit(
-        self, task: int, attempt: int, place: records.Location, checksum: str, nbytes: int, meta: list[Any]
-    ) -> None:
-        if attempt <= self._void_up_to.get(task, -1) or self._deviates(task, checksum):
-            return
-        life = self._effects.incarnation(task)
-        record = records.TaskCommitted(
-            self._spec.tasks[task].name,
-            attempt,
-            life,
-            place,
-            checksum,
-            nbytes,
-            meta,
-            self._seen.by(task, self._committed),
-        )
-        self._appended.setdefault(task, attempt)
-
-        def durable() -> None:
-            fault.point("controller.committed")
-            if self._appended.get(task) != attempt:
-                return  # it was voided meanwhile
-            self._committed[task] = record
-            self._seen.committed(task)
-            self._effects.committed(task, record)
-            self._progress.add_bytes(nbytes)
-            self.tell(ev.TaskCommitted(task, attempt))
-            self._show()
-
-        def failed(error: BaseException) -> None:
-            self.tell(ev.CommitFailed(task, attempt, error, retryable=False))
-
-        self.append(record, durable, failed)
-
-    def append(
-        self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
-    ) -> None:
-        """Journal a record; *durable* or *failed* follows in the loop's thread.
-
-        It goes to the journal when the loop has made the calls that wait now: what they append is in one group with it.
-        """
-        if not self._unwritten:
-            self._loop.post(self._write)
-        self._unwritten.append((records.encode(record), durable, failed or self.broken))
-
-    def _write(self) -> None:
-        unwritten, self._unwritten = self._unwritten, []
-        for record, durable, failed in unwritten:
-            try:
-                future = self._journal.append(record)
-            except ExoFlowError as error:
-                self._loop.post(partial(failed, error))
-            else:
-                future.add_done_callback(partial(self._acknowledge, durable, failed))
-
-    def _acknowledge(
-        self, durable: Callable[[], None], failed: Callable[[BaseException], None], future: Future[None]
-    ) -> None:
-        error = future.exception()
-        self._loop.post(durable if error is None else partial(failed, error))
+        self._commits.begin(task, attempt, output.rank if output.rank in self._agents else min(self._agents))
 
     def broken(self, error: BaseException) -> None:
         """Nothing can be committed in this epoch any more."""
         if self.outcome is None:
             self._end("RESUMABLE", error if isinstance(error, ExoFlowError) else ExoFlowError(str(error)))
 
-    # -- for the effects (`EffectsDriver`), beside `append`, `send`, `tell` and `broken` ------------------------------------------------
+    # -- what the parts need (`Driver`), beside `send`, `tell` and `broken` -----------------------------------------------------------
+
+    def append(
+        self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
+    ) -> None:
+        """Journal a record; *durable* or *failed* follows in the loop's thread."""
+        self._recorder.append(record, durable, failed or self.broken)
+
+    def begin_again(self) -> None:
+        """End this epoch: the next one begins with what the journal says then."""
+        self.must_begin_again = True
+        self._end("RESUMABLE", None)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have *call* called as soon as the one under way is over."""
+        self._loop.post(call)
 
     def say(self, text: str) -> None:
         """Tell the user."""
@@ -530,7 +373,7 @@ class Controller:
     def _end(self, status: str, error: ExoFlowError | None) -> None:
         if self.outcome is not None:
             return
-        self._write()  # what was done is kept, however this ends
+        self._recorder.write()  # what was done is kept, however this ends
         self._tally.add(self._scheduler)
         self.outcome = self._tally.outcome(status, error, len(self._spec.tasks))
         self._show()
@@ -549,12 +392,19 @@ class Controller:
     def _id(self, task: int, attempt: int) -> ObjectID:
         return output_id(self._run, self._spec.tasks[task].name, attempt)
 
+    def _add_bytes(self, nbytes: int) -> None:
+        self._progress.add_bytes(nbytes)
+        self._show()
+
     def _show(self) -> None:
         if not (self._progress.is_due or self.outcome is not None):
             return
         counters = self._scheduler.counters
         self._progress.update(
-            total=len(self._spec.tasks), committed=len(self._committed), started=counters.run, rerun=counters.rerun
+            total=len(self._spec.tasks),
+            committed=len(self._commits.committed),
+            started=counters.run,
+            rerun=counters.rerun,
         )
 
     # -- failures ----------------------------------------------------------------------------------------------------------------

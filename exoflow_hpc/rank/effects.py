@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 from exoflow_hpc import records
 from exoflow_hpc import scheduler_events as ev
@@ -11,41 +11,15 @@ from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.history import Facts
 from exoflow_hpc.journal import Journal
 from exoflow_hpc.rank import messages as ms
+from exoflow_hpc.rank.driver import Driver, Which
 from exoflow_hpc.rank.leases import GRACE, Leases, unfinished
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi.testing import fault
 
-__all__ = ["Effects", "EffectsDriver"]
+__all__ = ["Effects"]
 
-#: (task, attempt)
-Which = tuple[int, int]
 #: seconds of a wait that the user is told of
 _TOLD_FROM = 2.0
-
-
-class EffectsDriver(Protocol):
-    """What a controller does for its `Effects`."""
-
-    def append(self, record: records.Record, durable: Callable[[], None]) -> None:
-        """Journal a record; *durable* follows."""
-
-    def send(self, rank: int, message: ms.Message) -> None:
-        """Send a message to an agent."""
-
-    def tell(self, event: ev.Event) -> None:
-        """Give the scheduler an event."""
-
-    def say(self, text: str) -> None:
-        """Tell the user."""
-
-    def after(self, seconds: float, call: Callable[[], None]) -> None:
-        """Have *call* called later."""
-
-    def broken(self, error: ExoFlowError) -> None:
-        """The epoch can't go on."""
-
-    def is_running(self, which: Which, rank: int) -> bool:
-        """Whether an attempt is still meant to run on *rank*."""
 
 
 class Effects:
@@ -54,9 +28,7 @@ class Effects:
     lease: seconds, see `Settings.lease`; without external tasks nobody needs one.
     """
 
-    def __init__(
-        self, spec: WorkflowSpec, facts: Facts[int], journal: Journal, lease: float, driver: EffectsDriver
-    ) -> None:
+    def __init__(self, spec: WorkflowSpec, facts: Facts[int], journal: Journal, lease: float, driver: Driver) -> None:
         self._spec = spec
         self._driver = driver
         self._epoch = journal.epoch

@@ -26,26 +26,13 @@ from exoflow_hpc.scheduler_events import (
     TaskFinished,
 )
 from exoflow_hpc.settings import Settings
-from exoflow_hpc.spec import TaskSpec, WorkflowSpec
+from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.task_table import TaskTable
+from tests.exoflow_hpc.semantics.world import make_spec
 
 
 def spec_of(*rows: dict[str, Any]) -> WorkflowSpec:
-    tasks = []
-    for index, row in enumerate(rows):
-        fields: dict[str, Any] = {
-            "kind": "task",
-            "data": (),
-            "after": (),
-            "barriers": (),
-            "checkpoint": "skip",
-            "max_retries": 3,
-            "op": "",
-        }
-        tasks.append(
-            TaskSpec(index=index, name=f"t{index}", function="", args=b"", retry="", blobs=(), **{**fields, **row})
-        )
-    return WorkflowSpec(tuple(tasks), len(tasks) - 1, "", {})
+    return make_spec(rows, max_retries=3)
 
 
 def started(

@@ -31,7 +31,10 @@ POINTS: Mapping[str, Point] = MappingProxyType(
         "controller.started": Point(
             _CONTROLLER, "the start of an effect is durable, and nobody has been told to begin"
         ),
+        "controller.voided": Point(_CONTROLLER, "what came of a lost value is void, and nothing is undone yet"),
         "controller.roll_back": Point(_CONTROLLER, "an effect is about to be undone"),
+        "controller.rollback_started": Point(_CONTROLLER, "it is durable that somebody is at it, and nobody is yet"),
+        "controller.rolled_back": Point(_CONTROLLER, "an effect is undone, and has not come again"),
         "controller.committed": Point(_CONTROLLER, "a commit is durable, and nothing has come of it"),
         "agent.dispatched": Point(_AGENT, "a task has come, and its inputs have not"),
         "agent.task_done": Point(_AGENT, "a worker has done a task, and nobody knows"),

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,8 @@ import numpy as np
 import pytest
 
 import exoflow_hpc
-from tests.chaos.campaign import ROOT
 from tests.chaos.counts import Needs, lacking
+from tests.chaos.short import check_short_campaign
 from tests.exoflow_hpc.chaos.flow import digest
 from tests.exoflow_hpc.chaos.plan import KINDS, Step, plan
 from tests.exoflow_hpc.chaos.points import POINTS, ROLES
@@ -23,31 +20,12 @@ from tests.exoflow_hpc.chaos.summary import summary
 from tests.exoflow_hpc.chaos.trial import Outcome
 from tests.exoflow_hpc.chaos.verify import Evidence, verify
 
-#: no trial begins later than this; those that have begun end within their own deadline
-SECONDS = 25
-
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_a_short_campaign(tmp_path: Path) -> None:
-    """The seeds are printed: `make chaos-workflows ARGS='--seed S'` repeats one of them."""
-    command = [sys.executable, "-m", "tests.exoflow_hpc.chaos", "--start", "random", "--seconds", str(SECONDS)]
-    process = subprocess.Popen(
-        [*command, "--results", str(tmp_path / "results")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=110)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    print(output)
-    assert process.returncode == 0
-    done = re.search(r"(\d+) trials, (\d+) kills, 0 trials failed", output)
-    assert done is not None and int(done[1]) > 0 and int(done[2]) > 0
+    """`make chaos-workflows ARGS='--seed S'` repeats one of its trials."""
+    check_short_campaign("tests.exoflow_hpc.chaos", tmp_path / "results")
 
 
 def test_a_seed_says_it_all() -> None:
@@ -66,8 +44,8 @@ def test_a_seed_says_it_all() -> None:
 def test_all_points_are_listed() -> None:
     source = Path(exoflow_hpc.__file__).parent
     found = {name for path in source.rglob("*.py") for name in re.findall(r'fault\.point\("([^"]+)"', path.read_text())}
-    # of commands that no trial runs, and that are killed in tests of their own
-    others = {name for name in found if name.startswith(("gc.", "array."))}
+    # of commands that no trial runs, and of annotations that are not true: they are killed at in tests of their own
+    others = {name for name in found if name.startswith(("gc.", "array."))} | {"controller.deviated"}
     assert found - others == set(POINTS)
 
 

@@ -174,18 +174,18 @@ def workflow(directory):
         assert undone[2:] == [str(before["w/v/0"]), "null"]
 
 
-def test_rollback_of_what_was_committed(cli: Cli) -> None:
-    """V is committed, but C still needs the value that is lost: V is void. Its rollback is given what it had returned."""
-    crash_at_the_gate(
-        cli,
-        """
+COMMITTED_AND_LOST = """
 def workflow(directory):
     a = draw.bind(directory)
     v = undoable.options(checkpoint="sync", name="v").bind(directory, a)
     w = undoable.options(checkpoint="sync", name="w").bind(directory, v)
     return join.bind(w, gate.bind(directory, a).after(w))
-""",
-    )
+"""
+
+
+def test_rollback_of_what_was_committed(cli: Cli) -> None:
+    """V is committed, but C still needs the value that is lost: V is void. Its rollback is given what it had returned."""
+    crash_at_the_gate(cli, COMMITTED_AND_LOST)
     before = effects(cli)
     assert len(before) == 2
     result = resume(cli)
@@ -294,6 +294,72 @@ def workflow(directory):
     known = effects(cli)
     assert sorted(key.rsplit("/", 1)[0] for key in known) == ["w/u", "w/v"]
     assert set(known.values()) == {u}
+
+
+@pytest.mark.parametrize(
+    ("body", "point"),
+    [
+        (COMMITTED_AND_LOST, "controller.voided=kill"),
+        (COMMITTED_AND_LOST, "controller.voided=kill@2"),
+        (COMMITTED_AND_LOST, "controller.rollback_started=kill"),
+        (COMMITTED_AND_LOST, "controller.rollback_started=kill@2"),
+        (COMMITTED_AND_LOST, "controller.rolled_back=kill"),
+        (COMMITTED_AND_LOST, "controller.rolled_back=kill@2"),
+        (LIES.format(effect="undoable"), "controller.deviated=kill"),
+    ],
+)
+def test_killed_while_things_are_undone(cli: Cli, body: str, point: str) -> None:
+    """The head dies in the middle of its second run, once; the launcher begins a third, which ends as if it had not."""
+    crash_at_the_gate(cli, body)
+    fired = cli.directory / "fired"
+    fired.mkdir()
+    result = resume(cli, HOPLITE_FAULT=f"0:{point}", HOPLITE_FAULT_FIRED=str(fired))
+    assert [path.name for path in fired.iterdir() if not path.name.startswith(".")] == [f"0:{point}"], (
+        "it has died there"
+    )
+    assert result.code == 0, result.text
+    *_, left, right = result.json["output"]
+    assert left == right
+    known = effects(cli)
+    assert {key.split("/")[1] for key in known} == ({"v", "w"} if body == COMMITTED_AND_LOST else {"v"})
+    assert set(known.values()) == {left}
+
+
+def test_the_head_is_stopped_for_longer_than_a_lease(cli: Cli) -> None:
+    """All ranks' workers are killed meanwhile; that is nobody's failure, and what they did is undone before it is done again."""
+    body = """
+@ef.task(external=True, rollback=take_back, max_retries=0)
+def act(directory, i):
+    apply(directory, i)
+    log(directory, "acts", i, os.getpid())
+    wait_for_gate(directory, i)
+    return i
+
+def workflow(directory):
+    return join.bind(*(act.options(name=f"a{i}").bind(directory, i) for i in range(3)))
+"""
+    args = ["--id", "w", "--ranks", "2", "--input", f"directory={cli.directory}", "--json"]
+    settings = {"EXOFLOW_WORKERS": "2", "EXOFLOW_LEASE": "4"}
+    run = cli.start("run", cli.file(OUTSIDE + body), *args, **settings)
+    cli.wait_until(lambda: len(cli.times("waits")) == 3 or run.popen.poll() is not None, "all act")
+    assert run.popen.poll() is None, run.wait().text
+    workers = [int(words[2]) for words in cli.log if words[0] == "acts"]
+    ranks = dict(cli.rank_of(pid) for pid in workers)
+    assert set(ranks) == {0, 1}, "of three tasks two fit on one rank"
+    os.kill(ranks[0], signal.SIGSTOP)
+    try:
+        cli.wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), "their workers are killed")
+    finally:
+        os.kill(ranks[0], signal.SIGCONT)
+    cli.wait_until(lambda: all(count == 2 for count in cli.times("waits").values()), "all act again")
+    cli.open_gate()
+    result = run.wait()
+    assert result.code == 0, result.text
+    assert result.json["output"] == [0, 1, 2]
+    assert result.json["tasks"]["rolled_back"] == 3
+    assert result.json["ranks"]["lost"] == 0
+    assert effects(cli) == {f"w/a{i}/1": i for i in range(3)}
+    assert "nothing was heard of the controller" in result.stderr
 
 
 def test_a_lost_rank_takes_a_value_along(cli: Cli) -> None:

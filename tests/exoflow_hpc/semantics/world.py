@@ -45,7 +45,7 @@ Value = tuple[int, int, tuple[Any, ...]]
 SETTINGS = Settings(max_rank_losses=10**6, max_commit_retries=10**6, retry_backoff=0)
 
 
-def make_spec(rows: Sequence[dict[str, Any]]) -> WorkflowSpec:
+def make_spec(rows: Sequence[dict[str, Any]], max_retries: int = 10**6) -> WorkflowSpec:
     """Return a spec; each row has what is not the default of a task: data, after, barriers, checkpoint, annotations."""
     tasks = []
     for index, row in enumerate(rows):
@@ -55,7 +55,7 @@ def make_spec(rows: Sequence[dict[str, Any]]) -> WorkflowSpec:
             "after": (),
             "barriers": (),
             "checkpoint": "skip",
-            "max_retries": 10**6,
+            "max_retries": max_retries,
             "op": "",
             **row,
         }

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,38 +9,21 @@ import pytest
 from hoplite_mpi.testing import POINTS
 from hoplite_mpi.transport import guard
 from tests.chaos.counts import Needs, lacking
+from tests.chaos.short import check_short_campaign
 from tests.hoplite_mpi.chaos.plan import KINDS, plan
 from tests.hoplite_mpi.chaos.summary import summary
 from tests.hoplite_mpi.chaos.trial import Outcome
 from tests.hoplite_mpi.chaos.verify import Story, verify
 
 ROOT = Path(__file__).resolve().parents[3]
-#: no trial begins later than this; those that have begun end within their own deadline
-SECONDS = 25
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 @pytest.mark.skipif(not guard.load().loaded, reason=f"the guard is not there: {guard.load().why}")
 def test_a_short_campaign(tmp_path: Path) -> None:
-    """The seeds are printed: `make chaos ARGS='--seed S'` repeats one of them."""
-    command = [sys.executable, "-m", "tests.hoplite_mpi.chaos", "--start", "random", "--seconds", str(SECONDS)]
-    process = subprocess.Popen(
-        [*command, "--without", "hosts", "--results", str(tmp_path / "results")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=110)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)  # its ranks are tied to it
-            process.wait()
-    print(output)
-    assert process.returncode == 0
-    done = re.search(r"(\d+) trials, (\d+) kills, 0 trials failed", output)
-    assert done is not None and int(done[1]) > 0 and int(done[2]) > 0
+    """`make chaos ARGS='--seed S'` repeats one of its trials."""
+    check_short_campaign("tests.hoplite_mpi.chaos", tmp_path / "results", "--without", "hosts")
 
 
 def test_a_seed_says_it_all() -> None:
