@@ -241,6 +241,14 @@ def test_forkserver_that_is_stuck_takes_all_with_it(tools: Any) -> None:
 
 
 def test_task_that_kills_its_forkserver(own_pool: WorkerPool, tools: Any) -> None:
+    assert isinstance(tools.call(own_pool, int), TaskDone)
+    server = own_pool.statistics().forkserver_pid
     result = tools.call(own_pool, lambda: os.kill(os.getppid(), signal.SIGKILL))
     assert isinstance(result, (TaskCrashed, TaskDone))  # it may have answered before the kernel killed it
+    limit = time.monotonic() + tools.DEADLINE
+    while (
+        own_pool.statistics().forkserver_pid == server
+    ):  # until then, a task may be given to a worker that is about to end
+        assert time.monotonic() < limit, "the pool still counts on a forkserver that was killed"
+        time.sleep(0.01)
     assert isinstance(tools.call(own_pool, int), TaskDone)
