@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +68,16 @@ def run(
     workflow_id: goes on with the workflow of that id if DAG and inputs are the same, else WorkflowExistsError (default:
     a new id). inputs: for `InputNode`.
     ranks: local ranks to start where no launcher has (default: as many as cores). checkpoint: of tasks with ``"auto"``.
-    Under a launcher every rank calls it, rank 0's arguments count, and every rank gets the output. Errors: TaskError,
+    Under a launcher every rank calls it, the arguments of the one that controls the run count (rank 0 until it is lost), and every
+    rank gets the output. Errors: TaskError,
     TaskCrashedError, CanceledError, WorkflowActiveError, StorageError, and what `exoflow_hpc.compile` says of a DAG.
     """
     if local.under_launcher():
-        return _run_as_rank(storage, lambda place: submit(place, node, workflow_id, inputs, checkpoint or "auto"))
+        return _run_as_rank(
+            storage,
+            lambda place: submit(place, node, workflow_id, inputs, checkpoint or "auto"),
+            repeatable=workflow_id is not None,
+        )
     place = Storage.locate(storage)
     workflow_id = submit(place, node, workflow_id, inputs, checkpoint or "auto")
     return _value(place, execute(place, workflow_id, ranks, quiet=True))
@@ -91,7 +96,7 @@ def run_async(*args: Any, **kwargs: Any) -> Future[Any]:
 def resume(workflow_id: str, ranks: int | None = None, storage: str | os.PathLike[str] | None = None) -> Any:
     """Go on with a workflow that was interrupted or failed, from what is committed, and return its output; blocks. Errors as `run`."""
     if local.under_launcher():
-        return _run_as_rank(storage, lambda place: place.directory(workflow_id).name)
+        return _run_as_rank(storage, lambda place: place.directory(workflow_id).name, repeatable=True)
     place = Storage.locate(storage, create=False)
     place.directory(workflow_id)
     return _value(place, execute(place, workflow_id, ranks, quiet=True))
@@ -188,20 +193,12 @@ def _close_session() -> None:
         session.close()
 
 
-def _run_as_rank(storage: str | os.PathLike[str] | None, prepare: Any) -> Any:
-    session = rank_session()
-    place = None
-    if session.rank == 0:
+def _run_as_rank(storage: str | os.PathLike[str] | None, prepare: Callable[[Storage], str], repeatable: bool) -> Any:
+    def prepared() -> tuple[Storage, str]:
         place = Storage.locate(storage)
-        try:
-            workflow_id = prepare(place)
-        except BaseException as error:
-            session.refuse(error)
-            raise
-        ended = session.run(place, workflow_id, quiet=True)
-    else:
-        ended = session.run(None, None)
-    return value_of(ended)
+        return place, prepare(place)
+
+    return value_of(rank_session().run(prepared, repeatable=repeatable, quiet=True))
 
 
 def value_of(ended: Ended) -> Any:

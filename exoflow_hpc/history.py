@@ -26,6 +26,7 @@ __all__ = [
     "kept_files",
     "last_end",
     "load_output",
+    "ran_in",
     "standing_outputs",
     "status_of",
 ]
@@ -62,7 +63,7 @@ class Facts(Generic[K]):
     effects: dict[K, records.TaskStarted] = field(default_factory=dict)
     #: those of them whose rollback was started → the last start of it
     rollbacks: dict[K, records.RollbackStarted] = field(default_factory=dict)
-    #: external tasks that were undone, and neither started nor committed since: they have to come again
+    #: external tasks that were undone, and not committed since: they have to come again, and that has to be known for good
     owed: set[K] = field(default_factory=set)
     #: last output of those in `effects`, void or not, for their rollbacks
     results: dict[K, records.TaskCommitted] = field(default_factory=dict)
@@ -90,7 +91,6 @@ def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None =
             _void(facts, record)
         elif isinstance(record, records.TaskStarted):
             facts.effects[record.task_id] = record
-            facts.owed.discard(record.task_id)
             _take_attempt(facts, record.task_id, record.attempt)
             _see(facts, record.consumed)
         elif isinstance(record, records.RollbackStarted):
@@ -205,6 +205,21 @@ def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
     places = [records.location_of(place) for start in facts.effects.values() for place, _, _ in start.inputs]
     places += [record.location for record in facts.results.values()]
     return {place.file for place in places if isinstance(place, records.InCheckpoint)}
+
+
+def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> tuple[set[int], int]:
+    """Return which tasks have run in a run (`WorkflowStarted.run`), as far as records say so, and how many effects it has undone."""
+    found: set[int] = set()
+    undone, inside = 0, False
+    for wire in history:
+        record = records.decode(wire)
+        if isinstance(record, records.WorkflowStarted):
+            inside = record.run == run
+        elif inside and isinstance(record, (records.TaskStarted, records.TaskCommitted)):
+            found.add(spec.index(record.task_id))
+        elif inside and isinstance(record, records.TaskRolledBack):
+            undone += 1
+    return found, undone
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:

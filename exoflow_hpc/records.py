@@ -71,6 +71,8 @@ class WorkflowStarted:
     pid: int
     #: seconds since 1970 on the controller's clock; for display only, nothing is decided by it
     time: float
+    #: as in `messages.Begin`: the same for controllers of which one has taken over from the other
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class TaskStarted:
     inputs: list[Any] = dataclasses.field(default_factory=list)
     #: as in `TaskCommitted`
     consumed: list[Any] = dataclasses.field(default_factory=list)
+    stand: list[Any] | None = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,8 @@ class TaskCommitted:
     #: [task, checksum] of outputs that went in and were not committed then, as far as they are known: made again, they have to be the same
     #: (R12)
     consumed: list[Any] = dataclasses.field(default_factory=list)
+    #: lineage of the attempt (`succession.Lineage`): [task, attempt, committed] each; None: not known
+    stand: list[Any] | None = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from .scheduler_events import (
 from .semantics import is_worth_writing, plan
 from .settings import Settings
 from .spec import WorkflowSpec
+from .succession import first_of_era
 from .task_table import Held, TaskState, TaskTable
 from .undoing import Undoing
 
@@ -67,7 +68,9 @@ class Scheduler:
     attempts: the highest attempt number that earlier epochs may have used, by task: no two attempts share an id (R10c).
     effects: external tasks that were started and not rolled back since, in the order of their first start.
     unseen: (task, attempt) of external tasks that may still run somewhere, until `AttemptsOver`. deviant: tasks that are
-    taken to be deterministic and are not (R12). owed: tasks whose effects were undone and have not come again yet.
+    taken to be deterministic and are not (R12). owed: tasks whose effects were undone and are not committed since. undoing: those of
+    effects whose rollback was begun. held: outputs in memory, and running: task → (attempt, rank), which another controller had
+    made (see `exoflow_hpc.succession`). era: at least this is the number of each attempt that this one has made.
     seed: the waits before retries are drawn from it; the same seed, the same waits.
 
     Promises: each task that runs and whose checkpoint is not ``"skip"`` is committed before the run is SUCCESSFUL, even
@@ -86,6 +89,10 @@ class Scheduler:
         unseen: Iterable[tuple[int, int]] = (),
         deviant: Iterable[int] = (),
         owed: Iterable[int] = (),
+        undoing: Iterable[int] = (),
+        held: Mapping[int, Held] | None = None,
+        running: Mapping[int, tuple[int, int]] | None = None,
+        era: int = 0,
         seed: str = "",
     ) -> None:
         self.spec = spec
@@ -93,6 +100,9 @@ class Scheduler:
         self._known = frozenset(committed)
         self._deviant = frozenset(deviant)
         self._owed = frozenset(owed)
+        self._rollbacks_begun = frozenset(undoing)
+        self._found, self._found_running = dict(held or {}), dict(running or {})
+        self._era = era
         self._undoing = Undoing(spec.tasks, effects, unseen)
         varying = {t.index for t in spec.tasks if not t.deterministic} | self._deviant
         self._table = TaskTable(spec, varying, self._undoing.effects, self)
@@ -198,8 +208,17 @@ class Scheduler:
         if self._started:
             raise ValueError("Start was handled before")
         self._started = True
+        found, found_running = self._found, self._found_running
         begin = plan(
-            self.spec.tasks, self.spec.output, self._known, tuple(self._undoing.effects), self._deviant, self._owed
+            self.spec.tasks,
+            self.spec.output,
+            self._known,
+            tuple(self._undoing.effects),
+            self._deviant,
+            self._owed,
+            self._rollbacks_begun,
+            found,
+            found_running,
         )
         if begin.conflict is not None:
             self._refuse(*begin.conflict)
@@ -207,9 +226,32 @@ class Scheduler:
         for task in begin.void:
             self._out.append(self._undoing.void(task, self._attempt[task]))
         self._undoing.undo(begin.undo)
-        self._table.begin(begin)
+        for task, (attempt, rank) in found_running.items():
+            self._take_over(task, attempt, rank, task in begin.kept)
+        for task, held in found.items():
+            if task in begin.kept:
+                self._attempt[task] = max(self._attempt[task], held.attempt)
+            else:
+                self.released(task, held.attempt)
+        self._table.begin(begin, {task: held for task, held in found.items() if task in begin.kept})
+        for task in sorted(begin.kept):
+            if task in found and task in self._table.due:
+                self._commit(task)
         # what may still run somewhere must not run twice at a time
         self._table.hold_back([task for task in self._undoing.unseen if task in set(begin.wanted) - begin.hold])
+
+    def _take_over(self, task: int, attempt: int, rank: int, kept: bool) -> None:
+        """Have an attempt that another controller has dispatched go on, or end."""
+        self._attempt[task] = max(self._attempt[task], attempt)
+        self._ranks.start(task, attempt, rank, self.spec.tasks[task].kind != "reduce")
+        if self.spec.tasks[task].external:
+            self._undoing.began(task, attempt)
+        if kept:
+            self._run[task] = 1
+            self._dispatches += 1
+        else:
+            self._undoing.give_up(task, attempt)
+            self._out.append(CancelAttempt(task, attempt, rank))
 
     def _on_rank_joined(self, event: RankJoined) -> None:
         known = self._ranks.incarnation(event.rank)
@@ -352,7 +394,7 @@ class Scheduler:
         if task is not None and self._ranks.has_room(takes_worker=True):
             rank = self._ranks.choose({}, takes_worker=True)
             assert rank is not None, "there is room"
-            self._attempt[task] += 1
+            self._attempt[task] = self._next_attempt(task)
             self._ranks.start(task, self._attempt[task], rank, True)
             self._out.append(self._undoing.start(task, self._attempt[task], rank))
         for task in self._undoing.free():
@@ -408,6 +450,10 @@ class Scheduler:
     def _is_current(self, task: int, attempt: int) -> bool:
         running = self._table.state[task] is TaskState.RUNNING and self._attempt[task] == attempt
         return running and self._ending is None
+
+    def _next_attempt(self, task: int) -> int:
+        known = self._attempt[task]
+        return known + 1 if known >= self._era else first_of_era(self._era, known)
 
     def _check_attempt(self, task: int, attempt: int) -> None:
         if not 0 <= task < len(self._attempt) or attempt > self._attempt[task]:
@@ -495,7 +541,7 @@ class Scheduler:
                 nbytes[held.rank] = nbytes.get(held.rank, 0) + held.nbytes
         rank = self._ranks.choose(nbytes, takes_worker) if ahead is None else ahead
         assert rank is not None, "the caller has seen that there is room"
-        self._attempt[task] += 1
+        self._attempt[task] = self._next_attempt(task)
         self._ranks.start(task, self._attempt[task], rank, takes_worker)
         self._run[task] = self._run.get(task, 0) + 1
         self._dispatches += 1

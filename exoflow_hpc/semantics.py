@@ -132,6 +132,10 @@ class Plan:
     hold: frozenset[int]
     #: tasks that have to run, in topological order
     wanted: tuple[int, ...]
+    #: those, and all that may have to run if outputs in memory are lost, in topological order
+    reach: tuple[int, ...]
+    #: tasks whose outputs in memory, or whose running attempts, stand
+    kept: frozenset[int]
     #: tasks that have finished once, in this run or another, and are neither void nor undone
     happened: frozenset[int]
     #: external tasks that were undone, and have to come again
@@ -149,31 +153,48 @@ def plan(
     effects: Sequence[int] = (),
     deviant: Container[int] = (),
     owed: Collection[int] = (),
+    undoing: Collection[int] = (),
+    held: Collection[int] = (),
+    running: Collection[int] = (),
 ) -> Plan:
     """Return what a run begins with, given what the journal says.
 
     effects: external tasks that were started and not rolled back since, finished or not. deviant: tasks that are taken to be
     deterministic, but have given two outputs (R12). owed: external tasks whose effects were undone, and that were not
-    started since.
+    committed since. undoing: those of *effects* whose rollback was begun, so that perhaps it has done its work. held: tasks whose
+    outputs are in memory, and running: those of which an attempt runs, since another controller had them run.
     """
-    standing, touched = set(committed), set(committed) | set(effects)
-    roots, void = {output, *owed}, set[int]()
+    standing, kept = set(committed), {*held, *running}
+    touched = standing | kept | set(effects)
+    roots, void = {output, *owed, *undoing}, set[int]()
     while True:
-        happened = known_to_have_happened(tasks, standing | (set(effects) - void))
-        needed = wanted(tasks, roots, standing, happened - void - set(owed))
+        happened = known_to_have_happened(tasks, standing | kept | (set(effects) - void)) | (kept - set(running))
+        before = happened - void - set(owed)
+        needed = wanted(tasks, roots, standing | kept, before)
         sources = [index for index in needed if _varies(tasks[index], deviant)]
         fresh = [index for index in descendants(tasks, sources) if index in touched and index not in void]
-        if not fresh:
-            break
         void.update(fresh)
         standing.difference_update(fresh)
+        kept.difference_update(fresh)
         # an effect that is undone has to come again, also if nobody needs the output for anything else
         roots.update(index for index in fresh if tasks[index].external)
+        if fresh:
+            continue
+        reach = needed if not kept else _reach(tasks, roots, kept, standing, touched - void, before, deviant)
+        guards = gates(tasks, output, reach, standing, deviant, needed)
+        # what has to be committed and can't be any more, as it is lost, is made again first
+        promised = set().union(*guards.values(), *(tasks[index].barriers for index in reach))
+        gone = promised - standing - kept - set(needed)
+        if not gone:
+            break
+        roots.update(gone)
     again = set(needed)
     undo = {
         index
         for index in effects
-        if index in void or (index in again and tasks[index].rollback and not tasks[index].idempotent)
+        if index in void
+        or index in undoing
+        or (index in again and tasks[index].rollback and not tasks[index].idempotent)
     }
     conflict = None
     for index in sorted(undo):
@@ -190,11 +211,32 @@ def plan(
         frozenset(undo),
         frozenset(hold),
         tuple(needed),
-        frozenset((standing | happened) - void - undo - set(owed)),
+        tuple(reach),
+        frozenset(kept),
+        frozenset((standing | happened) - void - undo - set(owed) - set(running)),
         frozenset(owed),
-        gates(tasks, output, needed, standing, deviant),
+        guards,
         conflict,
     )
+
+
+def _reach(
+    tasks: Sequence[TaskSpec],
+    roots: Iterable[int],
+    kept: Collection[int],
+    standing: Collection[int],
+    touched: Collection[int],
+    happened: Container[int],
+    deviant: Container[int],
+) -> list[int]:
+    """Return what may have to run, if some of what is *kept* in memory is lost."""
+    voidable: set[int] = set()
+    while True:
+        reach = wanted(tasks, {*roots, *kept, *voidable}, set(standing) - voidable, happened)
+        below = set(descendants(tasks, (index for index in reach if _varies(tasks[index], deviant))))
+        if below.intersection(touched) <= voidable:
+            return reach
+        voidable |= below.intersection(touched)
 
 
 def _varies(task: TaskSpec, deviant: Container[int]) -> bool:
@@ -208,24 +250,25 @@ def gates(
     needed: Sequence[int],
     committed: Container[int],
     deviant: Container[int] = (),
+    starting: Iterable[int] | None = None,
 ) -> dict[int, frozenset[int]]:
-    """Return, for each of the tasks *needed* with an irrevocable effect, which tasks have to be committed before it starts.
+    """Return, for each task *starting* (default: all *needed*) with an irrevocable effect, which tasks are committed before it starts.
 
     Those that vary and that its inputs come from, unless one can never be needed again by then: all its other consumers are
     committed by then, or behind tasks that are.
     """
-    ends = [index for index in needed if is_irrevocable(tasks[index])]
+    ends = [index for index in (needed if starting is None else starting) if is_irrevocable(tasks[index])]
     if not ends:
         return {}
     consumers: dict[int, list[int]] = {}
-    #: task → bits of what it is computed from, itself left out; committed tasks hide what is behind them
+    #: task → bits of what it is computed from, itself left out; committed tasks that can't become void hide what is behind them
     above: dict[int, int] = {}
     varying = 0
     for index in needed:
         bits = 0
         for source in tasks[index].data:
             consumers.setdefault(source, []).append(index)
-            if source not in committed:
+            if source not in committed or source in above:
                 bits |= above.get(source, 0) | 1 << source
         above[index] = bits
         if _varies(tasks[index], deviant):

@@ -7,7 +7,7 @@ A task is READY when all its inputs are usable, its control edges are met, and n
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -105,20 +105,20 @@ class TaskTable:
         #: heaps of ready tasks, by whether they take a worker; entries whose task is no longer READY are skipped
         self._ready: dict[bool, list[int]] = {True: [], False: []}
 
-    def begin(self, plan: Plan) -> None:
-        """Take what stands and what is wanted, and make what can start READY."""
+    def begin(self, plan: Plan, held: Mapping[int, Held] | None = None) -> None:
+        """Take what stands and what is wanted, and make what can start READY.
+
+        held: outputs in memory, of those that `Plan.kept` names; the others of these are RUNNING.
+        """
         self.committed = set(plan.committed)
         self.wanted = plan.wanted
         for index in plan.happened:
             self.happened[index] = True
-        waited_for = {barrier for index in self.wanted for barrier in self.tasks[index].barriers}
-        self._forced = waited_for.union({self.output}, *plan.gates.values())
-        for index in self.wanted:
+        waited_for = {barrier for index in plan.reach for barrier in self.tasks[index].barriers}
+        # an effect that must come again: its end must be known for good
+        self._forced = waited_for.union({self.output}, *plan.gates.values(), plan.undo, plan.owed)
+        for index in plan.reach:
             task = self.tasks[index]
-            if index in plan.undo or index in plan.owed:  # it must come again, so its end must be known for good
-                self._forced.add(index)
-            if task.checkpoint != "skip" or index in self._forced:
-                self.promised.add(index)
             for upstream in task.data:
                 self._consumers[upstream].append(index)
             for upstream in task.after:
@@ -127,9 +127,25 @@ class TaskTable:
             for upstream in {*task.barriers, *plan.gates.get(index, ())}:
                 self._barred[upstream].append(index)
                 self.blocked[index] += upstream not in self.committed
-        self.due = set(self.promised)
+        for index in {*self.wanted, *plan.kept, *self.committed.intersection(plan.reach)}:
+            if self.tasks[index].checkpoint != "skip" or index in self._forced:
+                self.promised.add(index)
+        self.due = self.promised - self.committed
+        self._keep(plan.kept, held or {})
         self.hold_back(plan.hold)
         self._await_inputs(self.wanted)
+        for index in held or ():
+            self._release_if_unneeded(index)
+
+    def _keep(self, kept: Collection[int], held: Mapping[int, Held]) -> None:
+        for index in kept:
+            if index in held:
+                self.held[index] = held[index]
+                self.state[index] = TaskState.DONE
+            else:
+                self.state[index] = TaskState.RUNNING
+                for upstream in self.tasks[index].data:
+                    self.readers[upstream] += 1
 
     # ------------------------------------------------------------------------------------------------- transitions
     def pop_ready(self, takes_worker: bool) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from exoflow_hpc import api, local, summary
@@ -52,20 +53,21 @@ def _run(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
 
 def _run_as_rank(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
     session = api.rank_session()
+
+    def prepared() -> tuple[Storage, str]:
+        storage, options.workflow_id = prepare()
+        return storage, options.workflow_id
+
     try:
-        if session.rank != 0:
-            ended = session.run(None, None)
-            return exit_code(ended.status)  # rank 0 says why
-        try:
-            storage, workflow_id = prepare()
-        except BaseException as error:
-            session.refuse(error)
-            raise
-        options.workflow_id = workflow_id
-        ended = session.run(storage, workflow_id, quiet=options.quiet)
+        ended = session.run(prepared, repeatable=options.id is not None, quiet=options.quiet)
+        if not session.led:
+            return exit_code(ended.status)  # the one that controls the run says why
         if ended.status == REFUSED and ended.error is not None:
             raise ended.error
-        return _put(options, summary.summarize(storage, ended))
+        if not ended.directory:
+            return exit_code(ended.status)
+        options.workflow_id = ended.workflow_id
+        return _put(options, summary.summarize(Storage(Path(ended.directory).parent.parent, create=False), ended))
     finally:
         session.close()
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.exitcodes import RESUMABLE, exit_code
-from exoflow_hpc.local import OUTCOME
+from exoflow_hpc.history import Status
+from exoflow_hpc.local import OUTCOME, joined_marker
 from exoflow_hpc.rank.session import Session
 from exoflow_hpc.storage import Storage
 from exoflow_hpc.summary import summarize
 from hoplite_mpi.errors import HopliteError
+from hoplite_mpi.launch import REPLACE_ME
 
 __all__ = ["main"]
 
@@ -32,10 +34,19 @@ def main() -> int:
     session: Session | None = None
     try:
         session = Session()
-        storage = Storage(arguments.storage, create=False) if session.rank == 0 else None
-        ended = session.run(storage, arguments.workflow_id, quiet=arguments.quiet, terminal=arguments.terminal)
-        if session.rank == 0 and storage is not None:
+        _rendezvous(joined_marker(session.rank, session.incarnation)).touch()
+        storage = Storage(arguments.storage, create=False)
+        ended = session.run(
+            lambda: (storage, arguments.workflow_id),
+            repeatable=True,
+            quiet=arguments.quiet,
+            terminal=arguments.terminal,
+        )
+        if session.led:
             _tell_launcher({"summary": summarize(storage, ended), "members": session.members()})
+        if session.store.closed and ended.status == Status.RESUMABLE:
+            print(f"exoflow_hpc: {ended.error}", file=sys.stderr)
+            return REPLACE_ME  # the others go on, and can use one more
         return exit_code(ended.status)
     except (ExoFlowError, HopliteError) as error:
         print(f"exoflow_hpc: rank {os.environ.get('HOPLITE_RANK', '?')}: {error}", file=sys.stderr)
@@ -49,9 +60,13 @@ def main() -> int:
             session.close()
 
 
+def _rendezvous(name: str) -> Path:
+    return Path(os.environ["HOPLITE_RENDEZVOUS"], name)
+
+
 def _tell_launcher(what: dict[str, Any]) -> None:
     """Say how the run ended, all at once: the launcher looks for the file."""
-    path = Path(os.environ["HOPLITE_RENDEZVOUS"], OUTCOME)
+    path = _rendezvous(OUTCOME)
     path.with_suffix(".tmp").write_text(json.dumps(what))
     path.with_suffix(".tmp").rename(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.made import Made, MadeOutputs
+from exoflow_hpc.rank.naming import output_id
 from exoflow_hpc.rank.reducing import Reducer
 from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
+from exoflow_hpc.succession import shown
 from exoflow_hpc.worker.pool import WorkerPool
 from exoflow_hpc.worker.protocol import (
     ArenaInput,
@@ -40,7 +44,7 @@ from hoplite_mpi.testing import fault
 if TYPE_CHECKING:  # importing it initialises MPI
     from hoplite_mpi.store import ObjectStore
 
-__all__ = ["Agent", "output_id"]
+__all__ = ["Agent"]
 
 log = logging.getLogger("exoflow_hpc.agent")
 
@@ -50,11 +54,6 @@ _INPUT_CHECK = 2.0
 _RETURN_AFTER = 0.25
 #: how often a lease is renewed while it lasts
 _RENEWALS = 4
-
-
-def output_id(run: str, task: str, attempt: int) -> ObjectID:
-    """Return the id of the output of an attempt in a run (`Begin.run`). No two attempts share one (R10c)."""
-    return ObjectID.from_name(f"exoflow/{run}/{task}/{attempt}")
 
 
 class Agent:
@@ -80,8 +79,11 @@ class Agent:
         #: of the latest run, empty before the first
         self.workflow_id = self.workflow_dir = ""
         self._controller = -1
+        #: of the controller whose messages count: that of `_begun`, or of one that takes over from it
+        self._epoch = -1
         self._spec: WorkflowSpec | None = None
         self._jobs: dict[tuple[int, int], Job] = {}
+        self._made = MadeOutputs()
         #: (task, attempt) → object that was read from its checkpoint
         self._loaded: dict[tuple[int, ...], ObjectID] = {}
         #: reads checkpoints and reduces in order, which would hold up the loop
@@ -110,10 +112,13 @@ class Agent:
         if isinstance(message, ms.Begin):
             self._begin(rank, message)
             return
+        if isinstance(message, ms.Survey):
+            self._report(rank, message)
+            return
         if isinstance(message, ms.End) and message.epoch == 0:  # refused before it began
             self._end(rank, message)
             return
-        if self._begun is None or message.epoch != self._begun.epoch or rank != self._controller:
+        if self._begun is None or message.epoch != self._epoch or rank != self._controller:
             log.info("a %s of epoch %d from rank %d was refused", type(message).__name__, message.epoch, rank)
             return
         match message:
@@ -137,15 +142,26 @@ class Agent:
 
     def _leave(self) -> None:
         """Stop what still runs for the workflow that was begun, and free what was read for it."""
-        for job in list(self._jobs.values()):
-            self._over(job)
-            if job.handle is not None:
-                self._pool.cancel(job.handle)
+        self._stop(list(self._jobs.values()))
+        self._made.clear()
         self._pool.set_lease(None)
         with contextlib.suppress(ClosedError, EvictedError):
             for oid in self._loaded.values():
                 self._store.delete(oid)
         self._loaded.clear()
+
+    def _stop(self, jobs: Iterable[Job]) -> None:
+        """End attempts without an answer."""
+        for job in jobs:
+            self._over(job)
+            if job.handle is not None:
+                self._pool.cancel(job.handle)
+
+    @property
+    def run(self) -> tuple[str, str, str] | None:
+        """Id, directory and run of the workflow that was begun and has not ended."""
+        begun = self._begun
+        return None if begun is None else (begun.workflow_id, begun.workflow_dir, begun.run)
 
     def _begin(self, rank: int, message: ms.Begin) -> None:
         if (
@@ -154,14 +170,37 @@ class Agent:
             and message.epoch <= self._begun.epoch
         ):
             return
-        storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
-        self._spec = WorkflowSpec.from_bytes(storage.spec(message.workflow_id), message.workflow_dir)
-        self._leave()
-        self._begun, self._controller, self.ended = message, rank, None
+        if self._begun is not None and self._begun.run == message.run and message.kept is not None:
+            kept = {(task, attempt) for task, attempt in message.kept}
+            self._stop([job for which, job in self._jobs.items() if which not in kept])
+            self._made.keep(kept)
+            fault.point("agent.kept")
+        else:
+            storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
+            self._spec = WorkflowSpec.from_bytes(storage.spec(message.workflow_id), message.workflow_dir)
+            self._leave()
+        self._begun, self._controller, self._epoch, self.ended = message, rank, message.epoch, None
         self.workflow_id, self.workflow_dir = message.workflow_id, message.workflow_dir
         self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
         if message.lease:
             self._loop.after(message.lease / _RENEWALS, lambda: self._renew(message))
+
+    def _report(self, rank: int, message: ms.Survey) -> None:
+        """Answer a controller that takes over; what goes on here goes on."""
+        begun = self._begun
+        mine = begun is not None and (begun.workflow_dir, begun.run) == (message.workflow_dir, message.run)
+        if mine and message.epoch <= self._epoch and rank != self._controller:
+            return
+        made: list[list[Any]] = []
+        running: list[list[Any]] = []
+        if mine:
+            self._epoch, self._controller = message.epoch, rank
+            # a rollback may be called again, and is; what was canceled is void
+            self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled])
+            made = [[m.task, m.attempt, m.meta, m.nbytes, m.data, m.stand] for m in self._made.all()]
+            running = [[*which, job.run.stand] for which, job in self._jobs.items()]
+        fault.point("agent.report")
+        self._send(rank, ms.Report(message.epoch, self._slots, made, running))
 
     def _renew(self, begun: ms.Begin) -> None:
         """Ask for the lease of a run, as long as it lasts."""
@@ -247,7 +286,7 @@ class Agent:
     def _found_corrupt(self, job: Job, place: ms.InputPlace, text: str) -> None:
         """Tell the controller, which begins again without that output; the attempt waits until then."""
         if not job.over:
-            self._reply(ms.Corrupt(job.run.epoch, place.task, place.attempt, text))
+            self._reply(ms.Corrupt(self._epoch, place.task, place.attempt, text))
 
     def _was_read(self, job: Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
         if job.over:
@@ -282,7 +321,7 @@ class Agent:
         run, task, spec = job.run, job.task, self._spec
         blobs = (*task.needed_blobs, task.rollback) if run.rollback else task.needed_blobs
         request = TaskRequest(
-            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, run.attempt, run.epoch),
+            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, shown(run.attempt), self._epoch),
             function=task.function,
             retry=task.retry,
             args=task.args,
@@ -306,7 +345,7 @@ class Agent:
             request,
             lambda result: self._loop.post(lambda: self._ran(job, result)),
             lambda progress: self._loop.post(
-                lambda: self._reply(ms.Progress(run.epoch, run.task, run.attempt, progress.fraction, progress.text))
+                lambda: self._reply(ms.Progress(self._epoch, run.task, run.attempt, progress.fraction, progress.text))
             ),
         )
 
@@ -368,9 +407,10 @@ class Agent:
 
     def _finished(self, job: Job, meta: Meta, data: bytes | None, seconds: float) -> None:
         self._over(job)
-        self._reply(
-            ms.Finished(job.run.epoch, job.run.task, job.run.attempt, meta.to_wire(), meta.nbytes, data, seconds)
-        )
+        run, wire = job.run, meta.to_wire()
+        if not run.rollback:
+            self._made.add(Made(run.task, run.attempt, wire, meta.nbytes, data, run.stand))
+        self._reply(ms.Finished(self._epoch, run.task, run.attempt, wire, meta.nbytes, data, seconds))
 
     def _failed(
         self, job: Job, failure: Failure, *, retryable: bool = False, missing: list[list[int]] | None = None
@@ -380,7 +420,7 @@ class Agent:
         self._over(job)
         run = job.run
         self._reply(
-            ms.Failed(run.epoch, run.task, run.attempt, failure.kind, failure.to_wire(), retryable, missing or [])
+            ms.Failed(self._epoch, run.task, run.attempt, failure.kind, failure.to_wire(), retryable, missing or [])
         )
 
     def _over(self, job: Job) -> None:

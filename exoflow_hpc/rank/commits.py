@@ -16,6 +16,7 @@ from exoflow_hpc.rank.outputs import Output
 from exoflow_hpc.rank.seen import Seen
 from exoflow_hpc.rank.writes import Writes
 from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.succession import Lineage, plain
 from hoplite_mpi.testing import fault
 
 __all__ = ["Commits"]
@@ -37,10 +38,12 @@ class Commits:
         effects: Effects,
         driver: Driver,
         epoch: int,
+        lineage: Lineage,
         committed: Callable[[int], None],
     ) -> None:
         self._spec = spec
         self._epoch = epoch
+        self._lineage = lineage
         self._outputs = outputs
         self._effects = effects
         self._driver = driver
@@ -105,7 +108,8 @@ class Commits:
             return
         name, life = self._spec.tasks[task].name, self._effects.incarnation(task)
         consumed = self.seen.by(task, self.committed)
-        record = records.TaskCommitted(name, attempt, life, place, checksum, nbytes, meta, consumed)
+        stand = plain(self._lineage.of(task, attempt), self._spec.tasks)
+        record = records.TaskCommitted(name, attempt, life, place, checksum, nbytes, meta, consumed, stand)
         self._appended.setdefault(task, attempt)
 
         def durable() -> None:

@@ -19,18 +19,21 @@ from exoflow_hpc.history import facts_of
 from exoflow_hpc.journal import Journal
 from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.rank import messages as ms
-from exoflow_hpc.rank.agent import output_id
 from exoflow_hpc.rank.commits import Commits
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure, pack_caught
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.naming import output_id
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.recording import Recorder
+from exoflow_hpc.rank.takeover import Found
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.succession import Lineage, era_of, plain, shown
+from exoflow_hpc.task_table import Held
 from hoplite_mpi import ClosedError, EvictedError
 from hoplite_mpi.ids import ObjectID
 from hoplite_mpi.meta import Meta
@@ -49,7 +52,10 @@ log = logging.getLogger("exoflow_hpc.controller")
 
 
 class Controller:
-    """Runs one workflow in one epoch. All methods run in the loop's thread."""
+    """Runs one workflow in one epoch. All methods run in the loop's thread.
+
+    found: what is left of the controller that this one takes over from.
+    """
 
     def __init__(
         self,
@@ -64,6 +70,7 @@ class Controller:
         progress: ProgressLine,
         tally: Tally,
         lease: float,
+        found: Found | None = None,
     ) -> None:
         self._workflow_id = workflow_id
         self._workflow_dir = workflow_dir
@@ -75,12 +82,19 @@ class Controller:
         self._progress = progress
         self._tally = tally
         self._epoch = journal.epoch
-        self._run = secrets.token_hex(8)
+        self._found = found or Found(secrets.token_hex(8))
+        self._run = self._found.run
         facts = facts_of(spec, history)
-        self._outputs: dict[int, Output] = {}
+        survivors = self._found.survivors.values()
+        self._outputs: dict[int, Output] = dict(self._found.outputs)
         self._recorder = Recorder(journal, loop)
-        self._effects = Effects(spec, facts, journal, lease, self)
-        self._commits = Commits(spec, facts, self._outputs, self._effects, self, self._epoch, self._add_bytes)
+        self._effects = Effects(spec, facts, journal, lease, self, {(one.task, one.attempt) for one in survivors})
+        self._lineage = Lineage(spec.tasks, facts.deviant)
+        for one in survivors:
+            self._lineage.adopt(one.task, one.attempt, one.stand)
+        self._commits = Commits(
+            spec, facts, self._outputs, self._effects, self, self._epoch, self._lineage, self._add_bytes
+        )
         self._scheduler = Scheduler(
             spec,
             committed=facts.committed,
@@ -89,6 +103,13 @@ class Controller:
             unseen=self._effects.unseen,
             deviant=facts.deviant,
             owed=facts.owed,
+            undoing=facts.rollbacks,
+            held={
+                task: Held(out.attempt, out.rank, self._found.ranks[out.rank][0], out.meta.nbytes)
+                for task, out in self._outputs.items()
+            },
+            running=self._found.running,
+            era=era_of(self._epoch) if found else 0,
             settings=Settings.from_environment(),
             seed=self._run,
         )
@@ -97,7 +118,9 @@ class Controller:
         #: ranks that were told to begin and have not answered: no task is dispatched ahead before they have got theirs
         self._awaited: set[int] = set()
         #: (task, attempt) → rank, of what was dispatched and not answered
-        self._running: dict[tuple[int, int], int] = {}
+        self._running: dict[tuple[int, int], int] = {
+            (one.task, one.attempt): one.rank for one in survivors if one.running
+        }
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
         self.outcome: Outcome | None = None
@@ -106,10 +129,17 @@ class Controller:
 
     def start(self, view: View) -> None:
         """Begin with the ranks of *view*."""
-        self.append(records.WorkflowStarted(socket.gethostname(), os.getpid(), time.time()), lambda: None)
+        began = records.WorkflowStarted(socket.gethostname(), os.getpid(), time.time(), self._run)
+        self.append(began, lambda: None)
         self._tally.begin(view)
+        for rank, (incarnation, slots) in self._found.ranks.items():
+            self.tell(ev.RankJoined(rank, incarnation, slots))
+            self._admit(rank, incarnation)
         self._invite(view)
         self._do(self._scheduler.handle(ev.Start()))
+        self.on_view(view, ())  # a rank may have been lost since it reported
+        for peer, message in self._found.early:
+            self.handle(*peer, message)
         self._commits.seen.begin(self._scheduler.wanted)
         self._effects.begin()
         self._show()
@@ -142,9 +172,12 @@ class Controller:
             if self._agents.get(member.rank) != member.incarnation:
                 if self._tally.joins(member.rank, member.incarnation):
                     self._progress.say(f"rank {member.rank} is back (incarnation {member.incarnation})")
-                self._agents[member.rank] = member.incarnation
-                self._awaited.add(member.rank)
-                self._begin(member.rank)
+                self._admit(member.rank, member.incarnation)
+
+    def _admit(self, rank: int, incarnation: int) -> None:
+        self._agents[rank] = incarnation
+        self._awaited.add(rank)
+        self._begin(rank)
 
     def greet(self, rank: int, incarnation: int) -> None:
         """Tell a rank again, that may not have been listening."""
@@ -152,9 +185,9 @@ class Controller:
             self._begin(rank)
 
     def _begin(self, rank: int) -> None:
-        self.send(
-            rank, ms.Begin(self._epoch, self._workflow_id, str(self._workflow_dir), self._run, self._effects.lease)
-        )
+        where = (self._workflow_id, str(self._workflow_dir), self._run)
+        kept = self._found.kept if self._found.ranks else None
+        self.send(rank, ms.Begin(self._epoch, *where, self._effects.lease, kept))
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
@@ -230,7 +263,7 @@ class Controller:
         undoing = self._effects.is_rollback((message.task, message.attempt))
         if failure.kind not in ("canceled", "returned"):
             what = f"the rollback of task {name}" if undoing else f"task {name}"
-            self._progress.say(f"{what} (attempt {message.attempt}): {failure.text}")
+            self._progress.say(f"{what} (attempt {shown(message.attempt)}): {failure.text}")
         if undoing:
             self._effects.stopped((message.task, message.attempt))
             lost = message.kind in ("rank-lost", "lost-input", "storage")
@@ -274,13 +307,15 @@ class Controller:
         self._running[what.task, what.attempt] = what.rank
         self._commits.seen.dispatched(what.task)
         places = [self._place(one) for one in what.inputs]
-        message = ms.Run(
-            self._epoch, what.task, what.attempt, self._effects.incarnation(what.task), rollback=False, inputs=places
-        )
+        made = ((place.task, place.attempt, place.task in self._commits.committed) for place in places)
+        stand = self._lineage.dispatched(what.task, what.attempt, made)
+        life = self._effects.incarnation(what.task)
+        message = ms.Run(self._epoch, what.task, what.attempt, life, False, plain(stand), places)
         if self._spec.tasks[what.task].external:
             commits = self._commits
             inputs = [commits.kept(one.task) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
-            self._effects.start(what, message, inputs, commits.seen.by(what.task, commits.committed))
+            named = plain(stand, self._spec.tasks)
+            self._effects.start(what, message, inputs, commits.seen.by(what.task, commits.committed), named)
         else:
             self.send(what.rank, message)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from exoflow_hpc import records
@@ -25,10 +25,19 @@ _TOLD_FROM = 2.0
 class Effects:
     """The effects of one workflow, as the journal has them and this epoch changes them.
 
-    lease: seconds, see `Settings.lease`; without external tasks nobody needs one.
+    lease: seconds, see `Settings.lease`; without external tasks nobody needs one. seen: attempts of older epochs of which it is known
+    what became of them.
     """
 
-    def __init__(self, spec: WorkflowSpec, facts: Facts[int], journal: Journal, lease: float, driver: Driver) -> None:
+    def __init__(
+        self,
+        spec: WorkflowSpec,
+        facts: Facts[int],
+        journal: Journal,
+        lease: float,
+        driver: Driver,
+        seen: Collection[Which] = (),
+    ) -> None:
         self._spec = spec
         self._driver = driver
         self._epoch = journal.epoch
@@ -41,7 +50,7 @@ class Effects:
         #: rank → `heartbeat.identity` of its process
         self._processes: dict[int, dict[str, Any]] = {}
         #: what older epochs have begun and nobody knows the end of
-        self._unfinished = unfinished(facts)
+        self._unfinished = [(task, start) for task, start in unfinished(facts) if (task, start.attempt) not in seen]
         #: attempts that wait for the record of their start
         self._starting: set[Which] = set()
         #: rollbacks that were begun and have not ended
@@ -58,15 +67,17 @@ class Effects:
 
     # -- starts
 
-    def start(self, what: ev.Dispatch, message: ms.Run, inputs: list[Any], consumed: list[Any]) -> None:
+    def start(
+        self, what: ev.Dispatch, message: ms.Run, inputs: list[Any], consumed: list[Any], stand: list[Any] | None
+    ) -> None:
         """Send an external task, once the journal durably says so, and the epoch is still ours after that (R10a).
 
-        inputs, consumed: as in `records.TaskStarted`.
+        inputs, consumed, stand: as in `records.TaskStarted`.
         """
         task, which = self._spec.tasks[what.task], (what.task, what.attempt)
         process = self._processes.get(what.rank, {})
         record = records.TaskStarted(
-            task.name, what.attempt, self.incarnation(what.task), what.rank, process, inputs, consumed
+            task.name, what.attempt, self.incarnation(what.task), what.rank, process, inputs, consumed, stand
         )
         self._starts[what.task] = record
         self._starting.add(which)
@@ -100,7 +111,7 @@ class Effects:
         which, name = (what.task, what.attempt), self._spec.tasks[what.task].name
         self._driver.say(f"what task {name} did is undone")
         self._rolling.add(which)
-        message = ms.Run(self._epoch, *which, self.incarnation(what.task), rollback=True, inputs=self._given(what.task))
+        message = ms.Run(self._epoch, *which, self.incarnation(what.task), True, [], self._given(what.task))
 
         def durable() -> None:
             fault.point("controller.rollback_started")

@@ -26,7 +26,9 @@ __all__ = [
     "Ready",
     "Renew",
     "Renewed",
+    "Report",
     "Run",
+    "Survey",
     "Write",
     "WriteFailed",
     "Written",
@@ -67,6 +69,17 @@ class Begin:
     run: str
     #: seconds of the lease that the rank has to hold while it runs tasks; 0: none, since there are no external ones
     lease: float = 0.0
+    #: (task, attempt) of what the rank has reported (`Report`) that counts: it goes on with that, and with nothing else; None: with nothing
+    kept: list[list[int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A controller takes over (E16): say what there is of the run, and take nothing of an older one any more. Answered by `Report`."""
+
+    epoch: int
+    workflow_dir: str
+    run: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,8 @@ class Run:
     incarnation: int
     #: undo its effect instead: the inputs are what it was given, and after them its output, if it is known
     rollback: bool
+    #: its lineage (`succession.Lineage`): [task, attempt, committed] each; None: not known
+    stand: list[Any] | None
     inputs: list[InputPlace]
 
 
@@ -136,6 +151,18 @@ class Ready:
     sent: float = 0.0
     #: `heartbeat.identity` of the rank
     process: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the rank has of a run: outputs that it has made, and attempts that go on."""
+
+    epoch: int
+    slots: int
+    #: [task, attempt, meta, nbytes, data, stand] each, as in `Finished` and `Run`
+    made: list[list[Any]]
+    #: [task, attempt, stand] each
+    running: list[list[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +261,8 @@ class Over:
     epoch: int
 
 
-_ToAgent = Begin | Renewed | Run | Cancel | Write | End
-_ToController = Ready | Renew | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
+_ToAgent = Begin | Survey | Renewed | Run | Cancel | Write | End
+_ToController = Ready | Report | Renew | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
 Message = _ToAgent | _ToController
 
 _KINDS: tuple[type[Any], ...] = (*get_args(_ToAgent), *get_args(_ToController))

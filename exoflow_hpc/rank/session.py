@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from exoflow_hpc.rank.agent import Agent
 from exoflow_hpc.rank.controller import Controller
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.takeover import Found, Takeover
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import WorkflowSpec
@@ -29,22 +30,33 @@ from exoflow_hpc.storage import Storage
 from exoflow_hpc.worker.pool import WorkerPool
 from exoflow_hpc.worker.spawner import Spawner
 from hoplite_mpi.protocol.view import Member, View
+from hoplite_mpi.testing import fault
 
 __all__ = ["Session"]
 
 log = logging.getLogger("exoflow_hpc")
 
 _CHANNEL = 0
-#: rank that runs the controllers
-HEAD = 0
 #: seconds between looks for a request to cancel
 _CANCEL_PERIOD = 0.5
-#: rank that a message came from is one of these for the controller, else for the agent
-_FOR_CONTROLLER = (ms.Ready, ms.Renew, ms.Finished, ms.Failed, ms.Written, ms.WriteFailed, ms.Progress, ms.Corrupt)
+#: messages of these types are for the controller, others for the agent
+_FOR_CONTROLLER = (
+    ms.Ready,
+    ms.Report,
+    ms.Renew,
+    ms.Finished,
+    ms.Failed,
+    ms.Written,
+    ms.WriteFailed,
+    ms.Progress,
+    ms.Corrupt,
+)
 #: seconds that the other ranks may take to hear that a run is over
 _GOODBYE = 5.0
 #: seconds in which what the head said last comes, though it has left already: by another way than the new view
 _LAST_WORDS = 0.2
+#: seconds for which a head that was lost may go on beating before its follower gives up: by then it knows that it is out of the view
+_STILL_BEATING = 30.0
 
 
 class Session:
@@ -78,15 +90,21 @@ class Session:
         self._loop.drive(self.pool.drive, self.pool.wake)
         self._agent = Agent(self.store, runtime.arena, self.pool, self.slots, self.writer, self._loop)
         self._agent.connect(self._send)
-        self._controller: Controller | None = None
-        self._head_lost = False
+        self._controller: Controller | Takeover | None = None
+        #: whether this rank has controlled the latest run, at its end at least, and whether another one has, at its begin
+        self.led = self._was_led = False
         #: ranks that were told that the run is over and have not answered, and what they were told
         self._leaving: set[int] = set()
         self._goodbye = ms.End(0, "")
         self._closed = False
         self._view: View = self.store.on_view(lambda view, lost: self._loop.post(lambda: self._new_view(view, lost)))
-        if self.rank != HEAD:
-            self._send(HEAD, ms.Hello())
+        if not self.is_head:
+            self._send(self._view.coordinator, ms.Hello())
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this rank controls what the ranks run: the one that has been there for the longest."""
+        return self._view.coordinator == self.rank
 
     # -- messages ------------------------------------------------------------------------------------------------------------
 
@@ -122,63 +140,101 @@ class Session:
             self._controller.handle(*peer, message)
 
     def _new_view(self, view: View, lost: tuple[Member, ...]) -> None:
+        if view.coordinator not in (self.rank, self._view.coordinator):
+            self._send(view.coordinator, ms.Hello())  # it may have asked before this rank listened
         self._view = view
         self._leaving.intersection_update(view.ranks)
-        if not view.has(HEAD, 0):
-            self._head_lost = True
         if self._controller is not None:
             self._controller.on_view(view, lost)
 
     # -- running -------------------------------------------------------------------------------------------------------------
 
     def run(
-        self, storage: Storage | None, workflow_id: str | None, *, quiet: bool = False, terminal: bool | None = None
+        self,
+        prepare: Callable[[], tuple[Storage, str]],
+        *,
+        repeatable: bool = False,
+        quiet: bool = False,
+        terminal: bool | None = None,
     ) -> Ended:
-        """Take part in the run of a workflow until it ends; the head's arguments count, the others may give None.
+        """Take part in the run of a workflow until it ends.
 
+        prepare: returns storage and id of the workflow; called by the rank that controls the run, what it raises is raised there. If that
+        rank is lost, another one goes on; if it was lost before it began, only where *prepare* is *repeatable*: may be called again.
         After an error that nobody foresaw this rank leaves the others, so that they don't wait for it.
         """
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank} has left the other ranks, so it can run nothing with them")
+        show = sys.stderr.isatty() if terminal is None else terminal
+        self.led = self._was_led = False
         try:
-            if self.rank == HEAD:
-                assert storage is not None and workflow_id is not None
-                return self._lead(storage, workflow_id, quiet, sys.stderr.isatty() if terminal is None else terminal)
-            return self._follow()
+            ended = None if self.is_head else self._follow()
+            if ended is not None:
+                return ended
+            self.led = True
+            going_on = self._agent.run
+            if going_on is not None:
+                workflow_id, directory, run = going_on
+                return self._lead(Storage(Path(directory).parent.parent, create=False), workflow_id, quiet, show, run)
+            if self._was_led and not repeatable:
+                error = ExoFlowError("the rank that controls the run is gone, and no other knows what it was to run")
+                self.refuse(error, history.Status.RESUMABLE)
+                return Ended("", history.Status.RESUMABLE, error)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # the first error is the one to report
-                if self.rank == HEAD:
-                    self.refuse(error, history.Status.RESUMABLE)
-                self.store.close()
+            self._leave(error)
+            raise
+        try:
+            storage, workflow_id = prepare()
+        except BaseException as error:
+            self.refuse(error)
+            raise
+        try:
+            return self._lead(storage, workflow_id, quiet, show)
+        except BaseException as error:
+            self._leave(error)
             raise
 
-    def _follow(self) -> Ended:
+    def _leave(self, error: BaseException) -> None:
+        """Leave the others, and tell them why if they wait for what this rank says."""
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            if self.is_head:
+                self.refuse(error, history.Status.RESUMABLE)
+            self.store.close()
+
+    def _follow(self) -> Ended | None:
+        """Run what is dispatched here until the run ends; None: this rank has to control it from now on."""
         self._agent.ended = None
-        self._loop.run_until(lambda: self._agent.ended is not None or self._head_lost or self.store.closed)
+        self._was_led = True
+        self._loop.run_until(lambda: self._agent.ended is not None or self.is_head or self.store.closed)
         if self._agent.ended is None:
             self._loop.run_until(lambda: self._agent.ended is not None, _LAST_WORDS)
         end = self._agent.ended
-        if end is None:
-            why = (
-                "the rank that controls the run is gone" if self._head_lost else "the others went on without this rank"
-            )
-            return Ended("", history.Status.RESUMABLE, ExoFlowError(f"rank {self.rank}: {why}; resume the workflow"))
-        return Ended(self._agent.workflow_id, end.status, end.to_error(), directory=self._agent.workflow_dir)
+        if end is not None:
+            return Ended(self._agent.workflow_id, end.status, end.to_error(), directory=self._agent.workflow_dir)
+        if not self.store.closed:
+            return None
+        error = ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
+        return Ended("", history.Status.RESUMABLE, error)
 
-    def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool) -> Ended:
+    def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool, run: str = "") -> Ended:
+        """Control the run of a workflow; *run*: the one in which another rank did until it was lost."""
         progress = ProgressLine(workflow_id, terminal=terminal, quiet=quiet)
         tally = Tally()
+        if run:
+            progress.say(f"the rank that controlled the run is gone: rank {self.rank} goes on")
+            fault.point("controller.take_over")
         try:
             while True:
-                with self._controlling(storage, workflow_id, progress, tally) as controller:
+                with self._controlling(storage, workflow_id, progress, tally, run) as controller:
                     self._controller = controller
                     controller.start(self._view)
                     self._watch_for_cancel(controller, storage.directory(workflow_id))
                     self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
                 if not controller.must_begin_again:
                     break
+                run = ""
         except ExoFlowError as error:
-            interrupted = isinstance(error, (FencedError, StorageError))
+            interrupted = isinstance(error, (FencedError, StorageError)) or bool(run)
             status = history.Status.RESUMABLE if interrupted else REFUSED
             self.refuse(error, status)
             return Ended(workflow_id, status, error)
@@ -193,13 +249,13 @@ class Session:
         return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
 
     def refuse(self, error: BaseException, status: str = REFUSED) -> None:
-        """Tell the other ranks that the run they wait for will not begin."""
+        """Tell the other ranks that the run they wait for will not begin, or not go on."""
         known = (
             error
             if isinstance(error, ExoFlowError)
-            else ExoFlowError(f"rank {HEAD} failed: {str(error) or repr(error)}")
+            else ExoFlowError(f"rank {self.rank} failed: {str(error) or repr(error)}")
         )
-        self._dismiss(ms.End(0, status, ms.pack_error(known)), [rank for rank in self._view.ranks if rank != HEAD])
+        self._dismiss(ms.End(0, status, ms.pack_error(known)), [rank for rank in self._view.ranks if rank != self.rank])
 
     def _dismiss(self, message: ms.End, ranks: Iterable[int]) -> None:
         """Say that the run is over, and wait for the answers: to leave before them would look like a failure."""
@@ -214,12 +270,12 @@ class Session:
 
     @contextlib.contextmanager
     def _controlling(
-        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally
+        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str
     ) -> Iterator[Controller]:
-        """Be the controller of a workflow: its journal is ours, and its heartbeat moves."""
+        """Be the controller of a workflow: its journal is ours, and its heartbeat moves; *run*: see `_lead`."""
         directory = storage.directory(workflow_id)
         spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-        refuse_if_active(directory, workflow_id)
+        refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
         journal, past = Journal.open(directory)
         try:
             for tail in past.torn:
@@ -230,6 +286,7 @@ class Session:
             _check_output(directory, spec, journal, past, progress)
             (directory / "cancel").unlink(missing_ok=True)
             with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
+                found = self._find(directory, spec, journal, past, run, tally) if run else None
                 yield Controller(
                     workflow_id,
                     directory,
@@ -242,9 +299,24 @@ class Session:
                     progress,
                     tally,
                     self.settings.lease,
+                    found,
                 )
         finally:
             journal.close()
+
+    def _find(
+        self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally
+    ) -> Found:
+        """Ask all ranks what there is of a run whose controller is lost."""
+        tally.take_over(history.ran_in(past.records, run, spec), self._view)
+        self._controller = takeover = Takeover(journal.epoch, str(directory), run, self._send)
+        takeover.start(self._view)
+        self._loop.run_until(lambda: takeover.is_complete or self.store.closed)
+        if self.store.closed:
+            raise ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
+        found = takeover.found(spec, past.records, self.store)
+        fault.point("controller.taken_over")
+        return found
 
     def _watch_for_cancel(self, controller: Controller, directory: Path) -> None:
         if controller.outcome is not None:

@@ -26,12 +26,25 @@ class Tally:
     #: effects that were undone
     rolled_back: int = 0
     lost: int = 0
+    #: processes that were ranks before this one controlled the run, and are in nobody's view
+    gone: int = 0
     rejoined: int = 0
     began: float = field(default_factory=time.monotonic)
 
     def begin(self, view: View) -> None:
         """Take the ranks that are there at the start."""
         self.known.update((member.rank, member.incarnation) for member in view.members.values())
+
+    def take_over(self, before: tuple[set[int], int], view: View) -> None:
+        """Count what the controllers before this one have done: what the journal says of it (`history.ran_in`), and the ranks say."""
+        self.ran, self.rolled_back = before
+        self.dispatches = len(self.ran)
+        # whoever joined as a replacement, joined for one that was lost; and now one more is
+        self.rejoined = sum(member.incarnation for member in view.members.values())
+        self.lost = self.rejoined + 1
+        for member in view.members.values():
+            self.known.update((member.rank, incarnation) for incarnation in range(member.incarnation + 1))
+        self.gone = 1
 
     def joins(self, rank: int, incarnation: int) -> bool:
         """Take a rank that has come; return whether it takes the place of one that was lost."""
@@ -52,5 +65,11 @@ class Tally:
         """Return how the run ended; *tasks*: how many the workflow has."""
         counters = Counters(len(self.ran), tasks - len(self.ran), self.dispatches - len(self.ran), self.rolled_back)
         return Outcome(
-            status, error, counters, len(self.known), self.lost, self.rejoined, time.monotonic() - self.began
+            status,
+            error,
+            counters,
+            len(self.known) + self.gone,
+            self.lost,
+            self.rejoined,
+            time.monotonic() - self.began,
         )

@@ -43,7 +43,7 @@ def random_spec(rng: random.Random, count: int) -> WorkflowSpec:
 
 def hit(world: World, rng: random.Random) -> None:
     """Let something fail."""
-    fault = rng.randrange(5)
+    fault = rng.randrange(6)
     if fault == 0:
         world.crash(ghosts=rng.random() < 0.5)
     elif fault == 1 and world.live:
@@ -56,6 +56,8 @@ def hit(world: World, rng: random.Random) -> None:
             world.fail_attempt(rng.choice(runs))
     elif fault == 4 and world.any_ghosts():
         world.lease_over()
+    elif fault == 5 and world.live:
+        world.lose_controller(rng.choice(list(world.live)), rng.random() < 0.5, lambda: rng.random() < 0.5)
 
 
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 10), faults=st.integers(0, 6))

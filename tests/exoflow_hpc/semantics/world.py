@@ -37,6 +37,8 @@ from exoflow_hpc.scheduler_events import (
 )
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.spec import TaskSpec, WorkflowSpec
+from exoflow_hpc.succession import Lineage, Stand, Survivor, agreeing, era_of
+from exoflow_hpc.task_table import Held
 
 __all__ = ["Facts", "World", "make_spec", "recovery_set"]
 
@@ -72,8 +74,13 @@ class Facts:
     #: external tasks that were started and not undone since, in the order of their first start
     effects: dict[int, None] = field(default_factory=dict)
     incarnations: dict[int, int] = field(default_factory=dict)
-    #: external tasks that were undone, and neither started nor committed since
+    #: external tasks that were undone, and not committed since
     owed: set[int] = field(default_factory=set)
+    #: those of them whose rollback was begun
+    undoing: set[int] = field(default_factory=set)
+    #: committed task → lineage of its attempt; external task → (last attempt that was started, its lineage)
+    stands: dict[int, Stand] = field(default_factory=dict)
+    starts: dict[int, tuple[int, Stand]] = field(default_factory=dict)
     #: task → highest attempt
     attempts: dict[int, int] = field(default_factory=dict)
     #: (task, incarnation) → what the effect was made from; once only, unless it is harmless
@@ -87,6 +94,9 @@ class Facts:
             dict(self.effects),
             dict(self.incarnations),
             set(self.owed),
+            set(self.undoing),
+            dict(self.stands),
+            dict(self.starts),
             dict(self.attempts),
             dict(self.outside),
             self.nonce,
@@ -99,6 +109,7 @@ class Facts:
             tuple(self.effects),
             tuple(sorted(self.incarnations.items())),
             tuple(sorted(self.owed)),
+            tuple(sorted(self.undoing)),
             tuple(sorted(self.outside.items())),
         )
 
@@ -145,14 +156,26 @@ class World:
         self.incarnations = [0] * ranks
         #: what may still be at work after a crash
         self.ghosts: list[Attempt] = []
+        self.epoch = 0
+        self.live: dict[int, int] = {}
+        self.memory: dict[tuple[int, int], tuple[int, Value]] = {}
+        #: (task, attempt) → its lineage, as the rank that runs it was told
+        self.stands: dict[tuple[int, int], Stand] = {}
+        self.running: list[Attempt] = []
         self.begin()
 
     def begin(self) -> None:
         """Start an epoch: all memory is new, only the facts stay."""
+        self.live, self.memory, self.stands, self.running = {}, {}, {}, []
+        self.control({}, {}, 0)
+        for rank in range(self.ranks):
+            self.join(rank)
+        self.tell(Start())
+
+    def control(self, held: dict[int, Held], running: dict[int, tuple[int, int]], era: int) -> None:
+        """Make a controller; held, running, era: what it finds."""
         facts = self.facts
-        self.live: dict[int, int] = {}
-        self.memory: dict[tuple[int, int], tuple[int, Value]] = {}
-        self.running: list[Attempt] = []
+        self.epoch += 1
         self.commits: list[tuple[int, int, Value]] = []
         self.voiding: list[int] = []
         #: rollbacks that have ended, and whose records are on their way
@@ -170,9 +193,78 @@ class World:
             effects=list(facts.effects),
             unseen=[(one.task, one.attempt) for one in self.ghosts],
             owed=facts.owed,
+            undoing=facts.undoing & set(facts.effects),
+            held=held,
+            running=running,
+            era=era,
         )
-        for rank in range(self.ranks):
-            self.join(rank)
+        self.lineage = Lineage(self.spec.tasks, ())
+
+    def lose_controller(self, rank: int, ghosts: bool, gets_through: Callable[[], bool]) -> None:
+        """Lose the rank that controls the run; another one goes on with what there is.
+
+        ghosts: external tasks that ran on it may go on for a while. gets_through: whether a record that is on its way is in the journal.
+        """
+        facts = self.facts
+        for task in self.voiding:
+            if gets_through():
+                facts.committed.pop(task, None)
+        for task, attempt, value in self.commits:
+            if task not in self.voiding and gets_through():
+                facts.committed.setdefault(task, (attempt, value))
+                facts.stands.setdefault(task, self.stands.get((task, attempt), frozenset()))
+                facts.owed.discard(task)
+        for run in self.recording:
+            if gets_through():
+                self.record_rollback(run)
+        self.live.pop(rank, None)
+        self.memory = {key: kept for key, kept in self.memory.items() if kept[0] != rank}
+        gone = [run for run in self.running if run.rank == rank or run.rollback or run.ghost or run.canceled]
+        self.running = [run for run in self.running if run not in gone]
+        for run in gone:
+            if (self.spec.tasks[run.task].external or run.rollback) and (ghosts or run.rank != rank):
+                run.ghost = True
+                self.ghosts.append(run)
+        survivors = [
+            Survivor(task, attempt, where, False, self.stands[task, attempt])
+            for (task, attempt), (where, _) in self.memory.items()
+        ]
+        survivors += [
+            Survivor(run.task, run.attempt, run.rank, True, self.stands[run.task, run.attempt]) for run in self.running
+        ]
+        kept = agreeing(
+            self.spec.tasks,
+            {task: attempt for task, (attempt, _) in facts.committed.items()},
+            {task: facts.starts[task][0] for task in facts.effects if task not in facts.undoing},
+            [facts.stands[task] for task in facts.committed] + [facts.starts[task][1] for task in facts.effects],
+            (),
+            survivors,
+        )
+        ended = [run for run in self.running if kept.get(run.task) != _survivor(run, self.stands)]
+        self.running = [run for run in self.running if run not in ended]
+        for run in ended:
+            if self.spec.tasks[run.task].external:
+                run.ghost = True
+                self.ghosts.append(run)
+        self.memory = {
+            (task, attempt): value
+            for (task, attempt), value in self.memory.items()
+            if task in kept and not kept[task].running and kept[task].attempt == attempt
+        }
+        nbytes = {task: 1 << 20 if task in self.large else 1 for task in kept}
+        self.control(
+            {
+                task: Held(one.attempt, one.rank, self.live[one.rank], nbytes[task])
+                for task, one in kept.items()
+                if not one.running
+            },
+            {task: (one.attempt, one.rank) for task, one in kept.items() if one.running},
+            era_of(self.epoch + 1),
+        )
+        for other, incarnation in self.live.items():
+            self.tell(RankJoined(other, incarnation, self.slots))
+        for task, one in kept.items():
+            self.lineage.adopt(task, one.attempt, one.stand)
         self.tell(Start())
 
     def join(self, rank: int) -> None:
@@ -221,11 +313,21 @@ class World:
             others = [run for run in (*self.running, *self.ghosts) if run.task == order.task]
             assert not others, f"{task.name} is started while an attempt of it may still act"
             facts.effects.setdefault(order.task)
-            facts.owed.discard(order.task)
         for before in task.after:
             acted = not self.spec.tasks[before].external or any(key[0] == before for key in facts.outside)
             assert acted, f"{task.name} starts after t{before}, whose effect is undone"
         facts.attempts[order.task] = order.attempt
+        inputs = [
+            (
+                one.task,
+                facts.committed[one.task][0] if one.source == "checkpoint" else one.attempt,
+                one.task in facts.committed,
+            )
+            for one in order.inputs
+        ]
+        stand = self.stands[order.task, order.attempt] = self.lineage.dispatched(order.task, order.attempt, inputs)
+        if task.external:
+            facts.starts[order.task] = (order.attempt, stand)
         self.ran[order.task] = self.ran.get(order.task, 0) + 1
         run = Attempt(
             order.task, order.attempt, order.rank, self.live[order.rank], order, self.read(order.inputs), life
@@ -240,6 +342,7 @@ class World:
         later = list(self.facts.effects)[list(self.facts.effects).index(order.task) + 1 :]
         assert not set(later) & self.scheduler._undoing._undo, "an effect that began later is still to be undone"
         self.facts.attempts[order.task] = order.attempt
+        self.facts.undoing.add(order.task)
         life = self.facts.incarnations.get(order.task, 0)
         run = Attempt(order.task, order.attempt, order.rank, self.live[order.rank], order, (), life, rollback=True)
         self.running.append(run)
@@ -338,16 +441,22 @@ class World:
     def end_record(self, run: Attempt) -> None:
         """The journal says that an effect is undone."""
         self.recording.remove(run)
-        self.facts.incarnations[run.task] = run.life + 1
-        self.facts.owed.add(run.task)
-        del self.facts.effects[run.task]
+        self.record_rollback(run)
         self.undone.append(run.task)
         self.tell(RolledBack(run.task, run.attempt))
+
+    def record_rollback(self, run: Attempt) -> None:
+        self.facts.incarnations[run.task] = run.life + 1
+        self.facts.owed.add(run.task)
+        self.facts.undoing.discard(run.task)
+        del self.facts.effects[run.task]
 
     def end_commit(self, commit: tuple[int, int, Value]) -> None:
         self.commits.remove(commit)
         task, attempt, value = commit
-        self.facts.committed.setdefault(task, (attempt, value))
+        if task not in self.facts.committed:
+            self.facts.committed[task] = (attempt, value)
+            self.facts.stands[task] = self.stands[task, attempt]
         self.facts.owed.discard(task)
         self.tell(TaskCommitted(task, attempt))
 
@@ -437,10 +546,15 @@ def _see(value: Value, seen: dict[int, Value]) -> None:
             pending.extend(one[2])
 
 
+def _survivor(run: Attempt, stands: dict[tuple[int, int], Stand]) -> Survivor:
+    return Survivor(run.task, run.attempt, run.rank, True, stands[run.task, run.attempt])
+
+
 def recovery_set(spec: WorkflowSpec, facts: Facts) -> tuple[set[int], set[int]]:
     """Return what has to run after a crash, and which effects have to be undone, the naive way (R5, R6)."""
     tasks = spec.tasks
     committed, void, roots = set(facts.committed), set[int](), {spec.output, *facts.owed}
+    roots |= facts.undoing
     while True:
         begun = committed | (set(facts.effects) - void)
         happened: set[int] = set()
@@ -467,7 +581,11 @@ def recovery_set(spec: WorkflowSpec, facts: Facts) -> tuple[set[int], set[int]]:
         void |= fresh
         committed -= fresh
         roots |= {i for i in fresh if tasks[i].external}
-    undo = {i for i in facts.effects if i in void or (i in need and tasks[i].rollback and not tasks[i].idempotent)}
+    undo = {
+        i
+        for i in facts.effects
+        if i in void | facts.undoing or (i in need and tasks[i].rollback and not tasks[i].idempotent)
+    }
     return need, undo
 
 
