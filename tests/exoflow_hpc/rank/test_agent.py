@@ -67,7 +67,7 @@ def harness(tmp_path: Path) -> Any:
 
 
 def run(harness: Harness) -> None:
-    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, []))
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], []))
     assert harness.pool.submit.call_args.args[0].output == OUTPUT
 
 
@@ -131,8 +131,8 @@ def test_older_epoch_and_other_ranks_are_refused(harness: Harness) -> None:
     harness.begin(2)
     harness.said.clear()
     harness.begin(1)
-    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, []))
-    harness.agent.handle(4, ms.Run(2, 0, 0, 0, False, []))
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], []))
+    harness.agent.handle(4, ms.Run(2, 0, 0, 0, False, [], []))
     assert harness.said == []
     harness.pool.submit.assert_not_called()
 
@@ -147,7 +147,7 @@ def test_workflow_made_anew_begins_with_the_first_epoch_again(harness: Harness) 
 def test_damaged_checkpoint_is_told(harness: Harness, tmp_path: Path) -> None:
     place = ms.InputPlace(0, "checkpoint", 4, file="1-0.0-0.h5", entry="f", checksum="00")
     harness.said.clear()
-    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [place]))
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], [place]))
     assert harness.loop.run_until(lambda: bool(harness.said), 10)
     (said,) = harness.said
     assert isinstance(said, ms.Corrupt)
@@ -161,7 +161,7 @@ def test_storage_that_cannot_be_read_is_not_a_failure_of_the_task(
     monkeypatch.setattr(checkpoint, "read", Mock(side_effect=StorageError("stale file handle", 116)))
     place = ms.InputPlace(0, "checkpoint", 4, file="1-0.0-0.h5", entry="f", checksum="00")
     harness.said.clear()
-    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [place]))
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], [place]))
     assert harness.loop.run_until(lambda: bool(harness.said), 10)
     (said,) = harness.said
     assert isinstance(said, ms.Failed)
@@ -176,7 +176,7 @@ def test_what_waits_long_for_a_worker_is_returned(tmp_path: Path, monkeypatch: p
     harness.pool.withdraw.side_effect = lambda handle: handle is handles[3]  # the others have begun
     harness.said.clear()
     for attempt in range(4):
-        harness.agent.handle(3, ms.Run(1, 0, attempt, 0, False, []))
+        harness.agent.handle(3, ms.Run(1, 0, attempt, 0, False, [], []))
     assert harness.loop.run_until(lambda: harness.pool.withdraw.call_count >= 4, 10)
     (said,) = harness.said
     assert isinstance(said, ms.Failed)

@@ -20,12 +20,15 @@ PLACES = [
 ]
 MESSAGES = [
     ms.Begin(3, "w", "/storage/workflows/w", "c0ffee"),
-    ms.Run(3, 7, 1, 0, False, PLACES),
-    ms.Run(3, 7, 1, 2, True, []),
+    ms.Run(3, 7, 1, 0, False, [[2, 0, True]], PLACES),
+    ms.Run(3, 7, 1 << 33, 2, True, None, []),
     ms.Cancel(3, 7, 1),
     ms.Write(3, 7, 1),
     ms.End(3, "SUCCESSFUL"),
     ms.Begin(3, "w", "/storage/workflows/w", "c0ffee", 2.5),
+    ms.Begin(3, "w", "/storage/workflows/w", "c0ffee", 2.5, [[0, 1], [2, 0]]),
+    ms.Survey(3, "/storage/workflows/w", "c0ffee"),
+    ms.Report(3, 4, [[0, 1, ["bytes", 2, None, None], 2, b"ab", []]], [[2, 0, [[0, 1, False]]]]),
     ms.Renewed(3, 17.5),
     ms.Ready(3, 4),
     ms.Ready(3, 4, 17.5, {"pid": 1}),
