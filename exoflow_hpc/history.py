@@ -15,6 +15,7 @@ from exoflow_hpc.spec import WorkflowSpec
 
 __all__ = [
     "Facts",
+    "Ran",
     "Status",
     "canceled",
     "check_output",
@@ -43,6 +44,16 @@ class Status:
     RESUMABLE = "RESUMABLE"
     FINAL = frozenset({SUCCESSFUL, FAILED, CANCELED})
     ALL = (PENDING, RUNNING, SUCCESSFUL, FAILED, CANCELED, RESUMABLE)
+
+
+@dataclass
+class Ran:
+    """What a run has done, for display."""
+
+    tasks: set[int] = field(default_factory=set)
+    rolled_back: int = 0
+    #: seconds since 1970, 0: not known
+    began: float = 0.0
 
 
 K = TypeVar("K")
@@ -207,19 +218,21 @@ def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
     return {place.file for place in places if isinstance(place, records.InCheckpoint)}
 
 
-def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> tuple[set[int], int]:
-    """Return which tasks have run in a run (`WorkflowStarted.run`), as far as records say so, and how many effects it has undone."""
-    found: set[int] = set()
-    undone, inside = 0, False
+def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> Ran:
+    """Return what controllers have done in a run (`WorkflowStarted.run`), as far as their records say it."""
+    ran = Ran()
+    inside = False
     for wire in history:
         record = records.decode(wire)
         if isinstance(record, records.WorkflowStarted):
             inside = record.run == run
+            if inside and not ran.began:
+                ran.began = record.time
         elif inside and isinstance(record, (records.TaskStarted, records.TaskCommitted)):
-            found.add(spec.index(record.task_id))
+            ran.tasks.add(spec.index(record.task_id))
         elif inside and isinstance(record, records.TaskRolledBack):
-            undone += 1
-    return found, undone
+            ran.rolled_back += 1
+    return ran
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:

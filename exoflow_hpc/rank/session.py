@@ -98,6 +98,8 @@ class Session:
         self._goodbye = ms.End(0, "")
         self._closed = False
         self._view: View = self.store.on_view(lambda view, lost: self._loop.post(lambda: self._new_view(view, lost)))
+        #: (rank, incarnation) of all that have been in the view
+        self._met = set(self.members())
         if not self.is_head:
             self._send(self._view.coordinator, ms.Hello())
 
@@ -143,6 +145,7 @@ class Session:
         if view.coordinator not in (self.rank, self._view.coordinator):
             self._send(view.coordinator, ms.Hello())  # it may have asked before this rank listened
         self._view = view
+        self._met.update(self.members())
         self._leaving.intersection_update(view.ranks)
         if self._controller is not None:
             self._controller.on_view(view, lost)
@@ -308,7 +311,7 @@ class Session:
         self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally
     ) -> Found:
         """Ask all ranks what there is of a run whose controller is lost."""
-        tally.take_over(history.ran_in(past.records, run, spec), self._view)
+        tally.take_over(history.ran_in(past.records, run, spec), self._met, self._view)
         self._controller = takeover = Takeover(journal.epoch, str(directory), run, self._send)
         takeover.start(self._view)
         self._loop.run_until(lambda: takeover.is_complete or self.store.closed)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.history import Ran
 from exoflow_hpc.outcome import Outcome
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.scheduler_events import Counters
@@ -26,8 +28,6 @@ class Tally:
     #: effects that were undone
     rolled_back: int = 0
     lost: int = 0
-    #: processes that were ranks before this one controlled the run, and are in nobody's view
-    gone: int = 0
     rejoined: int = 0
     began: float = field(default_factory=time.monotonic)
 
@@ -35,16 +35,13 @@ class Tally:
         """Take the ranks that are there at the start."""
         self.known.update((member.rank, member.incarnation) for member in view.members.values())
 
-    def take_over(self, before: tuple[set[int], int], view: View) -> None:
-        """Count what the controllers before this one have done: what the journal says of it (`history.ran_in`), and the ranks say."""
-        self.ran, self.rolled_back = before
-        self.dispatches = len(self.ran)
-        # whoever joined as a replacement, joined for one that was lost; and now one more is
-        self.rejoined = sum(member.incarnation for member in view.members.values())
-        self.lost = self.rejoined + 1
-        for member in view.members.values():
-            self.known.update((member.rank, incarnation) for incarnation in range(member.incarnation + 1))
-        self.gone = 1
+    def take_over(self, before: Ran, met: Collection[tuple[int, int]], view: View) -> None:
+        """Count what the controllers before this one have done. met: (rank, incarnation) of all that this one has seen in a view."""
+        self.ran, self.rolled_back, self.dispatches = before.tasks, before.rolled_back, len(before.tasks)
+        self.began -= max(0.0, time.time() - before.began) if before.began else 0.0
+        self.known.update((rank, one) for rank, incarnation in met for one in range(incarnation + 1))
+        self.lost = sum(not view.has(rank, incarnation) for rank, incarnation in self.known)
+        self.rejoined = sum(incarnation > 0 for _, incarnation in self.known)
 
     def joins(self, rank: int, incarnation: int) -> bool:
         """Take a rank that has come; return whether it takes the place of one that was lost."""
@@ -68,7 +65,7 @@ class Tally:
             status,
             error,
             counters,
-            len(self.known) + self.gone,
+            len(self.known),
             self.lost,
             self.rejoined,
             time.monotonic() - self.began,

@@ -1,0 +1,220 @@
+"""The rank that controls the run dies: another one goes on, and what runs elsewhere is not started again (E16)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Cli, Process
+
+__all__: list[str] = []
+
+pytestmark = pytest.mark.timeout(240)
+
+RANKS = 3
+#: each rank is a node of its own, so that its memory is lost with it; one task at a time on each
+EACH_A_NODE = {"HOPLITE_NODE": "node{rank}", "EXOFLOW_WORKERS": "1"}
+
+#: what is drawn is large or small, stands in memory only, and is never the same twice; `hold` says what it has seen
+DRAWN = """
+@ef.task(deterministic=False, checkpoint="skip")
+def draw(directory, i):
+    log(directory, "draw", i, os.getpid())
+    return np.full(20_000 if i % 2 else 2, int.from_bytes(os.urandom(4), "little"))
+
+@ef.task(checkpoint="skip", deterministic=False)
+def hold(directory, i, drawn):
+    log(directory, "hold", i, os.getpid(), int(drawn[-1]))
+    deadline = time.monotonic() + 80
+    while not os.path.exists(os.path.join(directory, "gate")):
+        assert time.monotonic() < deadline, "the test never opened the gate"
+        time.sleep(0.01)
+    return int(drawn[-1])
+
+@ef.task
+def pairs(drawn, held):
+    return [[int(a[-1]), b] for a, b in zip(drawn, held)]
+
+def workflow(directory):
+    drawn = [draw.bind(directory, i) for i in range(3)]
+    return pairs.bind(drawn, [hold.bind(directory, i, one) for i, one in enumerate(drawn)])
+"""
+
+#: an effect in a file for each life; a second one, or one that is undone, is seen
+ACTING = """
+def take_back(key, args, result):
+    log(args[0], "take_back", key)
+
+@ef.task(external=True, rollback=take_back, checkpoint="sync")
+def act(directory, i):
+    here = ef.context()
+    log(directory, "act", i, os.getpid(), here.idempotency_key)
+    deadline = time.monotonic() + 80
+    while not os.path.exists(os.path.join(directory, "gate")):
+        assert time.monotonic() < deadline, "the test never opened the gate"
+        time.sleep(0.01)
+    log(directory, "acted", i, here.idempotency_key)
+    return here.idempotency_key
+
+@ef.task
+def both(*keys):
+    return sorted(keys)
+
+def workflow(directory):
+    return both.bind(*(act.bind(directory, i) for i in range(3)))
+"""
+
+
+def start(cli: Cli, body: str, ranks: int = RANKS, **environment: str) -> Process:
+    args = [
+        "run",
+        cli.file(body),
+        "--id",
+        "w",
+        "--ranks",
+        str(ranks),
+        "--input",
+        f"directory={cli.directory}",
+        "--json",
+    ]
+    return cli.start(*args, **{**EACH_A_NODE, **environment})
+
+
+def on_ranks(cli: Cli, run: Process, kind: str, count: int = RANKS) -> dict[int, tuple[int, str]]:
+    """Wait until as many tasks of a kind run; return rank → (its process, what it runs)."""
+    found: dict[int, tuple[int, str]] = {}
+
+    def all_run() -> bool:
+        found.clear()
+        for words in cli.log:
+            if words[0] == kind:
+                with contextlib.suppress(FileNotFoundError):  # its process is gone
+                    rank, agent = cli.rank_of(int(words[2]))
+                    found[rank] = (agent, words[1])
+        return len(found) == count
+
+    cli.wait_until(lambda: run.popen.poll() is not None or all_run(), f"{kind} runs on {count} ranks")
+    assert run.popen.poll() is None, run.wait().text
+    return found
+
+
+def kill_head(cli: Cli, run: Process, kind: str) -> dict[int, tuple[int, str]]:
+    """Kill rank 0 while a task runs on each rank, and wait until another one goes on."""
+    places = on_ranks(cli, run, kind)
+    os.kill(places[0][0], signal.SIGKILL)
+    cli.wait_until(lambda: "goes on" in run.stderr or run.popen.poll() is not None, "another rank goes on")
+    return places
+
+
+def test_what_runs_elsewhere_goes_on(cli: Cli) -> None:
+    """Their inputs are in memory only, and vary: nobody may see others than they have."""
+    run = start(cli, DRAWN)
+    places = kill_head(cli, run, "hold")
+    lost = places[0][1]
+    cli.wait_until(lambda: cli.times("hold")[lost] == 2, "what ran on rank 0 runs elsewhere")
+    cli.open_gate()
+    result = run.wait()
+    assert result.values[1] == 1, result.text
+    assert all(drawn == held for drawn, held in result.values[0])
+    for kind in ("draw", "hold"):
+        assert cli.times(kind) == {str(i): 2 if str(i) == lost else 1 for i in range(3)}
+    seen = {words[1]: int(words[3]) for words in cli.log if words[0] == "hold"}
+    assert [drawn for drawn, _ in result.values[0]] == [seen[str(i)] for i in range(3)]
+    assert result.json["tasks"]["run"] == 7
+
+
+def test_what_was_finished_counts(cli: Cli) -> None:
+    """Outputs, small and large, wait in the memory of other ranks for a task that runs on one of the ranks."""
+    late = """
+@ef.task(checkpoint="sync")
+def late(directory, drawn, held):
+    log(directory, "late", 0, os.getpid())
+    deadline = time.monotonic() + 80
+    while not os.path.exists(os.path.join(directory, "second")):
+        assert time.monotonic() < deadline, "the test never opened the second gate"
+        time.sleep(0.01)
+    return [[int(a[-1]), b] for a, b in zip(drawn, held)]
+"""
+    run = start(cli, late + DRAWN.replace("pairs.bind(drawn", "late.bind(directory, drawn"))
+    head = on_ranks(cli, run, "hold")[0][0]
+    at = {words[1]: rank for words in cli.log if words[0] == "hold" and (rank := cli.rank_of(int(words[2]))[0])}
+    cli.open_gate()
+    ((where, _),) = on_ranks(cli, run, "late", 1).items()
+    at = {task: rank for task, rank in at.items() if rank and _was_drawn_beside(cli, task, rank)}
+    os.kill(head, signal.SIGKILL)
+    cli.wait_until(lambda: "goes on" in run.stderr or run.popen.poll() is not None, "another rank goes on")
+    if where == 0:
+        cli.wait_until(lambda: cli.times("late")["0"] == 2, "what ran on rank 0 runs elsewhere")
+    (cli.directory / "second").touch()
+    result = run.wait()
+    assert result.values[1] == 1, result.text
+    assert all(drawn == held for drawn, held in result.values[0])
+    if where:  # it has read all that is lost
+        assert cli.times("draw") == cli.times("hold") == {"0": 1, "1": 1, "2": 1}
+        assert cli.times("late") == {"0": 1}
+    assert {task: cli.times("hold")[task] for task in at} == dict.fromkeys(at, 1)
+
+
+def _was_drawn_beside(cli: Cli, task: str, rank: int) -> bool:
+    return all(cli.rank_of(int(words[2]))[0] == rank for words in cli.log if words[:2] == ["draw", task])
+
+
+def test_effects_elsewhere_happen_once(cli: Cli) -> None:
+    run = start(cli, ACTING, EXOFLOW_LEASE="60")
+    places = kill_head(cli, run, "act")
+    lost = places[0][1]
+    cli.wait_until(lambda: cli.times("act")[lost] == 2, "what was done on rank 0 is done elsewhere")
+    cli.open_gate()
+    result = run.wait()
+    assert result.values[1] == 1, result.text
+    assert cli.times("act") == {str(i): 2 if str(i) == lost else 1 for i in range(3)}
+    acted = [words[2] for words in cli.log if words[0] == "acted"]
+    assert sorted(acted) == result.values[0]
+    undone = [words[1] for words in cli.log if words[0] == "take_back"]
+    assert len(undone) == 1 and undone[0] not in acted
+    assert result.json["tasks"]["rolled_back"] == 1
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["1:controller.take_over", "1:controller.taken_over", "2:agent.report", "2:agent.kept", "journal.epoch_created@2"],
+)
+def test_another_one_dies_at_that(cli: Cli, point: str) -> None:
+    """Whoever takes over, or answers, is killed: a third one goes on, and loses nothing but what the dead have had."""
+    place, at, nth = point.partition("@")
+    run = start(cli, DRAWN, HOPLITE_FAULT=f"{place}=kill{at}{nth}")
+    places = on_ranks(cli, run, "hold")
+    os.kill(places[0][0], signal.SIGKILL)
+    cli.wait_until(
+        lambda: sum(cli.times("hold").values()) >= RANKS + 2 or run.popen.poll() is not None, "the rest goes on"
+    )
+    cli.open_gate()
+    result = run.wait()
+    assert result.code == 0, result.text
+    assert all(drawn == held for drawn, held in result.json["output"])
+    assert result.json["ranks"]["lost"] >= 2
+    spared = [task for rank, (_, task) in places.items() if cli.times("hold")[task] == 1]
+    assert len(spared) == 1, result.text
+
+
+def test_again_and_again(cli: Cli) -> None:
+    """Each rank that controls the run dies in turn, until a replacement of one of them controls it."""
+    run = start(cli, DRAWN)
+    for times in range(1, 4):
+        places = on_ranks(cli, run, "hold")
+        os.kill(places[times - 1][0], signal.SIGKILL)
+        cli.wait_until(
+            lambda times=times: run.stderr.count("goes on\n") >= times or run.popen.poll() is not None,
+            "the next one goes on",
+        )
+    on_ranks(cli, run, "hold")
+    cli.open_gate()
+    result = run.wait()
+    assert result.values[1:] == (3, 3), result.text
+    assert all(drawn == held for drawn, held in result.values[0])
+    assert result.json["ranks"]["started"] == 6
