@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ DRAWN = """
 @ef.task(deterministic=False, checkpoint="skip")
 def draw(directory, i):
     log(directory, "draw", i, os.getpid())
+    while open(os.path.join(directory, "log")).read().count("draw") < 3:  # so each rank draws one
+        time.sleep(0.01)
     return np.full(20_000 if i % 2 else 2, int.from_bytes(os.urandom(4), "little"))
 
 @ef.task(checkpoint="skip", deterministic=False)
@@ -93,12 +96,15 @@ def on_ranks(cli: Cli, run: Process, kind: str, count: int = RANKS) -> dict[int,
         found.clear()
         for words in cli.log:
             if words[0] == kind:
-                with contextlib.suppress(FileNotFoundError):  # its process is gone
+                with contextlib.suppress(OSError, AssertionError):  # its process is gone, or its rank is
                     rank, agent = cli.rank_of(int(words[2]))
                     found[rank] = (agent, words[1])
         return len(found) == count
 
-    cli.wait_until(lambda: run.popen.poll() is not None or all_run(), f"{kind} runs on {count} ranks")
+    try:
+        cli.wait_until(lambda: run.popen.poll() is not None or all_run(), f"{kind} runs on {count} ranks")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{cli.log}\n{run.stderr}") from None
     assert run.popen.poll() is None, run.wait().text
     return found
 
@@ -180,26 +186,29 @@ def test_effects_elsewhere_happen_once(cli: Cli) -> None:
     assert result.json["tasks"]["rolled_back"] == 1
 
 
-@pytest.mark.parametrize(
-    "point",
-    ["1:controller.take_over", "1:controller.taken_over", "2:agent.report", "2:agent.kept", "journal.epoch_created@2"],
-)
+@pytest.mark.parametrize("point", ["controller.take_over", "controller.taken_over", "agent.report", "agent.kept"])
 def test_another_one_dies_at_that(cli: Cli, point: str) -> None:
-    """Whoever takes over, or answers, is killed: a third one goes on, and loses nothing but what the dead have had."""
-    place, at, nth = point.partition("@")
-    run = start(cli, DRAWN, HOPLITE_FAULT=f"{place}=kill{at}{nth}")
+    """One that takes over, or answers, is killed: the third one goes on, and loses nothing but what the dead have had."""
+    fired = cli.directory / "fired"
+    fired.mkdir()
+    run = start(cli, DRAWN, HOPLITE_FAULT=f"{point}=kill", HOPLITE_FAULT_FIRED=str(fired))
     places = on_ranks(cli, run, "hold")
     os.kill(places[0][0], signal.SIGKILL)
-    cli.wait_until(
-        lambda: sum(cli.times("hold").values()) >= RANKS + 2 or run.popen.poll() is not None, "the rest goes on"
-    )
+    cli.wait_until(lambda: any(fired.iterdir()) or run.popen.poll() is not None, "another one dies")
+    cli.wait_until(lambda: controller(run) or run.popen.poll() is not None, "a third one goes on")
     cli.open_gate()
     result = run.wait()
     assert result.code == 0, result.text
     assert all(drawn == held for drawn, held in result.json["output"])
-    assert result.json["ranks"]["lost"] >= 2
-    spared = [task for rank, (_, task) in places.items() if cli.times("hold")[task] == 1]
-    assert len(spared) == 1, result.text
+    assert result.json["ranks"]["lost"] == 2
+    spared = [task for task, times in cli.times("hold").items() if times == 1]
+    assert len(spared) >= 1, result.text
+
+
+def controller(run: Process) -> int:
+    """Return the rank that controls the run now, as it has said when it took over; 0 if none did."""
+    found = re.findall(r"rank (\d+) goes on", run.stderr)
+    return int(found[-1]) if found else 0
 
 
 def test_again_and_again(cli: Cli) -> None:
@@ -207,7 +216,7 @@ def test_again_and_again(cli: Cli) -> None:
     run = start(cli, DRAWN)
     for times in range(1, 4):
         places = on_ranks(cli, run, "hold")
-        os.kill(places[times - 1][0], signal.SIGKILL)
+        os.kill(places[controller(run)][0], signal.SIGKILL)
         cli.wait_until(
             lambda times=times: run.stderr.count("goes on\n") >= times or run.popen.poll() is not None,
             "the next one goes on",
@@ -217,4 +226,3 @@ def test_again_and_again(cli: Cli) -> None:
     result = run.wait()
     assert result.values[1:] == (3, 3), result.text
     assert all(drawn == held for drawn, held in result.values[0])
-    assert result.json["ranks"]["started"] == 6
