@@ -231,6 +231,8 @@ class Scheduler:
         for task, held in found.items():
             if task in begin.kept:
                 self._attempt[task] = max(self._attempt[task], held.attempt)
+                self._run[task] = 1
+                self._dispatches += 1
             else:
                 self.released(task, held.attempt)
         self._table.begin(begin, {task: held for task, held in found.items() if task in begin.kept})
