@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,8 @@ class FarHost:
             "FARSTORAGE_CLOCK": str(self.clock),
         }
 
-    def forget(self) -> None:
-        """Forget all that was seen: each file of the cache says one thing."""
-        for number, path in enumerate(sorted(self.cache.iterdir())):
-            path.rename(self.cache / f"forgotten-{number}-{path.name}")
+    def forget(self, kinds: str = "nad") -> None:
+        """Forget what was seen: names that weren't there ("n"), attributes ("a"), listings ("d")."""
+        for path in list(self.cache.iterdir()):
+            if path.name[0] in kinds:
+                path.rename(self.cache / f"forgotten-{uuid.uuid4().hex}")
