@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
+import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,13 +138,20 @@ def _free(directory: Path, listed: Collection[Path], keep: set[str], before: int
 
 def _free_abandoned(directory: Path, freed: Freed) -> None:
     """Remove what a killed `array` command left; one that is still at it would only have to be called again."""
-    for path in (directory / "checkpoints").glob(f"{TEMPORARY}*"):
+    checkpoints = directory / "checkpoints"
+    for path in checkpoints.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
-            if time.time() - found.st_mtime > _ABANDONED:
+            if _now(checkpoints) - found.st_mtime > _ABANDONED:
                 path.unlink()
                 freed.files += 1
                 freed.nbytes += found.st_size
+
+
+def _now(directory: Path) -> float:
+    """Return what time it is by the clock that gives files there their times; ours may be wrong."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _garbage(directory: Path, listed: Collection[Path], keep: set[str], before: int) -> list[Path]:

@@ -3,6 +3,18 @@
 One append-only file for each epoch. A new controller takes the next epoch by exclusive creation, says so in FENCE, only
 then reads the older files, and seals them: nobody ever reads past a seal, so what a controller that was taken over
 appends later does not exist. This module doesn't know what the records mean: see `exoflow_hpc.records`.
+
+Where two hosts don't see the same (see `_epochs` for what is trusted), these are the windows:
+
+- *Between an fsync and its acknowledgement* a newer epoch may come. FENCE is opened anew in between: if it names none, whoever comes
+  later reads the files after that, and so what was fsynced. That the file of the next epoch isn't there proves nothing: that
+  name is looked for at each commit, so its absence may be remembered.
+- *While the files are read* a newer epoch may seal less than is accepted. FENCE is opened anew after the last one was read.
+- *An epoch that isn't seen* but that FENCE names, or that comes before one that is seen, is opened by its name. Whoever can't
+  do so refuses, as its seal may be what ends the files that are seen.
+- *An epoch whose controller died or stopped before it wrote FENCE* has no records, as the seal comes later: to overlook its file
+  changes nothing.
+- *What was cached of a file* is dropped before the file is read without a seal, and again before it is called damaged.
 """
 
 from __future__ import annotations
@@ -20,10 +32,10 @@ from typing import Any
 
 import msgpack
 
-from exoflow_hpc._epochs import append_fence, epoch_name, list_epochs, read_fence, take_epoch
+from exoflow_hpc._epochs import announce, epoch_name, known_epochs, newest_announced, take_epoch
 from exoflow_hpc._frames import MAX_PAYLOAD, Scan, frame, prefix_digest, scan
 from exoflow_hpc.durable import fsync_ancestors, storage_errors, write_all
-from exoflow_hpc.errors import CorruptJournalError, ExoFlowError, FencedError, JournalBrokenError
+from exoflow_hpc.errors import CorruptJournalError, ExoFlowError, FencedError, JournalBrokenError, StorageError
 from hoplite_mpi.testing import fault
 
 __all__ = ["History", "Journal", "TornTail", "inspect", "read"]
@@ -34,6 +46,13 @@ _SEAL = "seal"
 _PREALLOCATE = 1 << 20
 #: bytes of records that one fsync waits for at most
 _GROUP_LIMIT = 64 << 20
+#: how often a reader begins again since there was a new epoch meanwhile
+_LOOKS = 10
+#: to whoever doesn't find a file that has to be there
+_MISSING = (
+    "restore it from a backup; if another host has just made it, this one may show an old state of the directory: "
+    "try again in a minute"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,63 +83,63 @@ def read(workflow_dir: str | os.PathLike[str]) -> History:
     What it returns stays: a record that was written and not yet fsynced is fsynced here. CorruptJournalError,
     StorageError.
     """
-    directory = Path(workflow_dir) / "journal"
+    directory, fence = Path(workflow_dir) / "journal", Path(workflow_dir) / "FENCE"
     with storage_errors("read the journal in", directory):
-        for _ in range(10):
-            epochs = list_epochs(directory)
-            history = _read(directory, epochs)
-            if list_epochs(directory) == epochs:  # else a new controller may just have sealed less than we accepted
-                break
-    return history
+        for _ in range(_LOOKS):
+            newest = known_epochs(directory, fence)
+            history = _read(directory, newest)
+            if known_epochs(directory, fence) == newest:  # else a new controller may have sealed less than we accepted
+                return history
+    raise StorageError(
+        f"{directory}: one controller after the other takes over: try again", errno.EAGAIN, str(directory)
+    )
 
 
 def inspect(workflow_dir: str | os.PathLike[str]) -> tuple[History, list[tuple[str, str]]]:
     """Return as much as can be read, and (path, what is wrong) for each file that is damaged or missing. StorageError."""
-    directory = Path(workflow_dir) / "journal"
+    directory, fence = Path(workflow_dir) / "journal", Path(workflow_dir) / "FENCE"
     problems: list[tuple[str, str]] = []
     with storage_errors("read the journal in", directory):
-        for _ in range(10):
-            # before the files are listed: an epoch has its file first, so FENCE never knows more than there is
-            fence = read_fence(directory.parent / "FENCE")
-            epochs = list_epochs(directory)
+        for _ in range(_LOOKS):
+            newest = known_epochs(directory, fence)
             problems.clear()
-            history = _read(directory, epochs, problems)
-            if list_epochs(directory) == epochs:
+            history = _read(directory, newest, problems)
+            if known_epochs(directory, fence) == newest:
                 break
-    for epoch in sorted({*range(1, max([fence, *epochs]) + 1)} - {*epochs}):
-        problems.append((str(directory / epoch_name(epoch)), "the file is missing"))
     return history, problems
 
 
-def _read(directory: Path, epochs: list[int], problems: list[tuple[str, str]] | None = None) -> History:
-    """Read the files of *epochs*, newest first, since the newest seal says how much of all older ones exists.
+def _read(directory: Path, newest: int, problems: list[tuple[str, str]] | None = None) -> History:
+    """Read the files of all epochs up to *newest*, that one first, since the newest seal says how much of all older ones exists.
 
     With *problems*, damage is added to it and not raised, and what can be read of such a file counts.
     """
-    if problems is None and epochs != list(range(1, len(epochs) + 1)):
-        raise CorruptJournalError(
-            f"{directory} has the epochs {epochs}, so a file is missing: restore it from a backup"
-        )
 
     def damaged(path: Path, text: str) -> None:
         if problems is None:
             raise CorruptJournalError(f"{path} {text}")
         problems.append((str(path), text))
 
-    history = History(epoch=max(epochs, default=0))
+    history = History(epoch=newest)
     limits: dict[int, list[Any]] | None = None
     parts: list[list[dict[str, Any]]] = []
-    for epoch in reversed(epochs):
+    for epoch in range(newest, 0, -1):
         path = directory / epoch_name(epoch)
-        if limits is None:
-            found, data = _scan_open_end(epoch, path, damaged)
-            if found.torn:
-                history.torn.append(TornTail(str(path), found.accepted, found.torn))
-        elif epoch not in limits:
-            damaged(path, "is not named by the seal of a newer epoch")
+        try:
+            if limits is None:
+                found, data = _scan_open_end(epoch, path, damaged)
+                if found.torn:
+                    history.torn.append(TornTail(str(path), found.accepted, found.torn))
+            elif epoch not in limits:
+                damaged(path, "is not named by the seal of a newer epoch")
+                continue
+            else:
+                found, data = _scan_sealed(epoch, path, limits[epoch], damaged)
+        except FileNotFoundError:
+            if problems is None and epoch == newest:  # nothing proves that it isn't only not seen
+                raise _not_seen(path) from None
+            damaged(path, f"is missing: {_MISSING}")
             continue
-        else:
-            found, data = _scan_sealed(epoch, path, limits[epoch], damaged)
         records = found.records
         history.seals.append([epoch, found.accepted, prefix_digest(memoryview(data)[: found.accepted]), len(records)])
         if records:
@@ -133,6 +152,10 @@ def _read(directory: Path, epochs: list[int], problems: list[tuple[str, str]] | 
     for part in reversed(parts):
         history.records.extend(part)
     return history
+
+
+def _not_seen(path: str | os.PathLike[str]) -> StorageError:
+    return StorageError(f"{path} was begun and is not there: {_MISSING}", errno.ENOENT, os.fspath(path))
 
 
 def _scan_open_end(epoch: int, path: Path, damaged: Callable[[Path, str], None]) -> tuple[Scan, bytes]:
@@ -156,14 +179,16 @@ def _scan_open_end(epoch: int, path: Path, damaged: Callable[[Path, str], None])
 
 def _scan_sealed(epoch: int, path: Path, seal: list[Any], damaged: Callable[[Path, str], None]) -> tuple[Scan, bytes]:
     _, nbytes, digest, count = seal
-    data = _read_file(path, False)[:nbytes]
-    found = scan(epoch, data)
-    if len(data) < nbytes or found.accepted != nbytes or len(found.records) != count or prefix_digest(data) != digest:
-        damaged(
-            path,
-            f"is corrupt at offset {found.accepted}: {nbytes} bytes with {count} records were sealed, and not "
-            "all are there as they were; restore it from a backup",
-        )
+    for durably in (False, True):  # what isn't as it was may only have been cached before it was
+        data = _read_file(path, durably)[:nbytes]
+        found = scan(epoch, data)
+        if found.accepted == len(data) == nbytes and len(found.records) == count and prefix_digest(data) == digest:
+            return found, data
+    damaged(
+        path,
+        f"is corrupt at offset {found.accepted}: {nbytes} bytes with {count} records were sealed, and not "
+        "all are there as they were; restore it from a backup",
+    )
     return found, data
 
 
@@ -228,18 +253,23 @@ class Journal:
         than *after*. CorruptJournalError, StorageError.
         """
         workflow_dir = Path(workflow_dir)
-        directory = workflow_dir / "journal"
+        directory, fence = workflow_dir / "journal", workflow_dir / "FENCE"
         with storage_errors("take over the journal in", directory):
-            epoch, fd = take_epoch(directory, after)
+            try:
+                epoch, fd = take_epoch(directory, fence, after)
+            except FileNotFoundError as error:
+                if not fence.exists() or not directory.exists():
+                    raise
+                raise _not_seen(error.filename) from None
             try:
                 fault.point("journal.epoch_created")
-                append_fence(workflow_dir / "FENCE", epoch)
+                announce(fence, epoch)
                 # whoever created the workflow may have been killed before it could, and nothing that is committed may
                 # be lost by the name of a directory above it
                 fsync_ancestors(directory)
                 # only now: whatever an older epoch makes durable after this moment, it finds the fence before it
                 # acknowledges it
-                history = _read(directory, list(range(1, epoch)))
+                history = _read(directory, epoch - 1)
                 self = cls(workflow_dir, epoch, fd)
             except BaseException:
                 os.close(fd)
@@ -383,7 +413,7 @@ class Journal:
             try:
                 # Opening a file is what makes a network file system ask its server (close-to-open); looking for a name
                 # may be answered from a cache, so both are done.
-                newest = read_fence(self._fence)
+                newest = newest_announced(self._fence, self.epoch)
                 ours = os.stat(self.path)[1:3] == self._identity
             except FileNotFoundError:
                 raise FencedError(f"{self.path}: the workflow was deleted while this controller ran it") from None

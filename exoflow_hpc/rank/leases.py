@@ -1,4 +1,8 @@
-"""Leases of ranks, as the controller grants them: until when a rank that was lost from sight may still have effects (R10b)."""
+"""Leases of ranks, as the controller grants them: until when a rank that was lost from sight may still have effects (R10b).
+
+A lease runs on two monotonic clocks: from when it was asked for, on that of whoever holds it; from when it was granted, which is later,
+on that of whoever waits. The latter waits `DRIFT` times as long. What time it is on either of them, or on a wall, plays no part.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ from collections.abc import Callable, Iterable
 from exoflow_hpc import heartbeat, records
 from exoflow_hpc.history import Facts
 
-__all__ = ["GRACE", "Leases", "unfinished"]
+__all__ = ["DRIFT", "GRACE", "Leases", "unfinished"]
 
 #: seconds for which one look at the epoch counts
 _CHECKED_FOR = 1.0
+#: how much longer a lease may last for whoever holds it than for whoever waits for its end, since no two clocks run alike
+DRIFT = 1.05
 #: seconds in which the workers of a rank that is dead, or has been told to kill them, are dead as well: more than the forkserver may wait
 #: for what one of them has left
 GRACE = 1.5
@@ -42,14 +48,14 @@ class Leases:
     def seconds_left(self, rank: int, dead: bool) -> float:
         """Return for how long a rank that was lost may still have effects; dead: there is proof that its process is."""
         granted = self._granted.pop(rank, self._began)
-        return GRACE if dead else max(0.0, granted + self._lease - time.monotonic()) + GRACE
+        return GRACE if dead else max(0.0, granted + self._lease * DRIFT - time.monotonic()) + GRACE
 
     def seconds_left_of(self, starts: Iterable[records.TaskStarted | records.RollbackStarted]) -> float:
         """Return for how long tasks of an older epoch may still have effects."""
         if all(start.process and heartbeat.is_gone(start.process) for start in starts):
             return GRACE
         # its controller may have granted a lease just before this epoch was taken, after a look that was not new
-        return self._lease + _CHECKED_FOR + GRACE
+        return (self._lease + _CHECKED_FOR) * DRIFT + GRACE
 
 
 def unfinished(facts: Facts[int]) -> list[tuple[int, records.TaskStarted | records.RollbackStarted]]:

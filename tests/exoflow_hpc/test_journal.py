@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exoflow_hpc import _frames, journal, records
+from exoflow_hpc import _epochs, _frames, journal, records
 from exoflow_hpc.errors import (
     CorruptJournalError,
     ExoFlowError,
@@ -117,6 +117,7 @@ def test_every_flip_before_the_last_record_is_detected(workflow: Path) -> None:
                 Journal.open(workflow)
             for later in sorted((workflow / "journal").iterdir())[1:]:
                 later.unlink()
+            os.truncate(workflow / "FENCE", 0)
         else:  # can't be told from a torn tail
             history = journal.read(workflow)
             assert [r["n"] for r in history.records] == [0, 1, 2]
@@ -159,7 +160,7 @@ def test_flip_in_a_sealed_file_is_detected_even_in_its_last_record(workflow: Pat
     with pytest.raises(CorruptJournalError, match="00000001"):
         journal.read(workflow)
     path.unlink()
-    with pytest.raises(CorruptJournalError, match="a file is missing"):
+    with pytest.raises(CorruptJournalError, match="00000001 is missing"):
         journal.read(workflow)
 
 
@@ -206,8 +207,7 @@ def test_check_sees_a_takeover_without_a_write(workflow: Path) -> None:
 
 def test_fence_file_alone_and_epoch_file_alone_are_each_enough(workflow: Path) -> None:
     first, _ = Journal.open(workflow)
-    with open(workflow / "FENCE", "a") as fence:
-        fence.write("\n7\n")
+    _epochs.announce(workflow / "FENCE", 7)
     with pytest.raises(FencedError):
         first.append(rec(0)).result(10)
     first.close()
@@ -217,6 +217,76 @@ def test_fence_file_alone_and_epoch_file_alone_are_each_enough(workflow: Path) -
     with pytest.raises(FencedError):
         second.append(rec(0)).result(10)
     second.close()
+
+
+def test_each_epoch_has_its_place_in_the_fence(workflow: Path) -> None:
+    """One that was stopped before it said that it is there changes nothing that later ones have said."""
+    fence = workflow / "FENCE"
+    assert _epochs.newest_announced(fence, 0) == 0
+    for epoch in (1, 3, 2):
+        _epochs.announce(fence, epoch)
+    assert [_epochs.newest_announced(fence, after) for after in (0, 1, 2, 3)] == [3, 3, 3, 3]
+    assert fence.read_bytes().replace(b"\0", b"") == b"1\n2\n3\n"
+    assert fence.stat().st_size == 4 * 4096
+
+
+def show_listing(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Show that listing to whoever looks for epochs."""
+    patch.setattr(_epochs.os, "listdir", lambda path: list(names))
+
+
+@pytest.mark.parametrize("names", [(), ("00000001",), ("00000001", "00000003")])
+def test_old_listings_hide_nothing(workflow: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
+    for number in range(3):
+        write_epoch(workflow, number)
+    with monkeypatch.context() as patch:
+        show_listing(patch, *names)
+        assert numbers(workflow) == [0, 1, 2]
+        assert journal.inspect(workflow)[1] == []
+        with pytest.raises(FencedError, match="epoch 3"):
+            Journal.open(workflow, after=2)
+        opened, history = Journal.open(workflow)
+        assert (opened.epoch, [r["n"] for r in history.records]) == (4, [0, 1, 2])
+        opened.close()
+    assert numbers(workflow) == [0, 1, 2]
+
+
+def test_an_epoch_that_is_not_seen_is_not_read_past(workflow: Path) -> None:
+    """Its file may say that less of the others exists: neither what is shown without it, nor more, is committed."""
+    write_epoch(workflow, 0)
+    write_epoch(workflow, 1)
+    newest = workflow / "journal" / "00000002"
+    newest.rename(workflow / "elsewhere")
+    with pytest.raises(StorageError, match=r"00000002 was begun and is not there: .*try again in a minute"):
+        journal.read(workflow)
+    with pytest.raises(StorageError, match="00000002 was begun and is not there"):
+        Journal.open(workflow)
+    assert os.listdir(workflow / "journal") == ["00000001"], "nobody was fenced"
+    (workflow / "elsewhere").rename(newest)
+    assert numbers(workflow) == [0, 1]
+
+
+def test_an_epoch_that_begins_while_others_are_read(workflow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has sealed less than was read first, and only FENCE shows that it is there."""
+    first, _ = Journal.open(workflow)
+    first.append(rec(0)).result(10)
+    real = journal._read_file
+    more = False
+
+    def read(path: Path, durably: bool) -> bytes:
+        nonlocal more
+        data = real(path, durably)
+        if path == first.path and not more:
+            more = True
+            write_epoch(workflow, 1)
+            with pytest.raises(FencedError):  # written all the same, and not there
+                first.append(rec(9)).result(10)
+        return data
+
+    monkeypatch.setattr(journal, "_read_file", read)
+    show_listing(monkeypatch, "00000001")
+    assert numbers(workflow) == [0, 1]
+    first.close()
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -79,7 +79,7 @@ def test_journal_files_that_are_missing(stored: Stored) -> None:
     for epoch in (1, 3):  # one in the middle; the newest, of which FENCE knows
         (stored.directory / "journal" / f"{epoch:08d}").unlink()
     found = [one for one in findings(stored) if one.task is None]
-    assert [Path(one.file).name for one in found] == ["00000001", "00000003"]
+    assert [Path(one.file).name for one in found] == ["00000003", "00000001"]
 
 
 def test_seal_that_does_not_hold(stored: Stored) -> None:

@@ -1,18 +1,19 @@
-"""Builds the library that takes a run's power away, tells it when, and reads what it has logged (see recorder.c)."""
+"""Tells the library that takes a run's power away when to do so, and reads what it has logged (see recorder.c)."""
 
 from __future__ import annotations
 
 import enum
 import os
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Event", "Op", "Power", "build", "compiler"]
+from tests.exoflow_hpc.preloading.build import preloaded
 
-_SOURCES = ("recorder.c", "calls.c")
+__all__ = ["SOURCES", "Event", "Op", "Power"]
+
+#: of the library
+SOURCES = [Path(__file__).with_name(name) for name in ("recorder.c", "calls.c")]
 _LINE = struct.Struct("<IIHHHHQQqq")
 
 
@@ -55,20 +56,6 @@ class Event:
         return f"{self.op.name.lower()} {self.name or self.ino} {self.name2}".rstrip() + size
 
 
-def compiler() -> str | None:
-    """Return a C compiler, None if there is none."""
-    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
-
-
-def build(directory: Path) -> Path:
-    """Compile the library into *directory* and return it."""
-    library = directory / "powerloss.so"
-    here = Path(__file__).parent
-    command = [compiler() or "cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*command, "-o", library, *(here / name for name in _SOURCES)], check=True, timeout=60)
-    return library
-
-
 class Power:
     """The power of one run, or of several, one after the other, on the same disk.
 
@@ -89,7 +76,7 @@ class Power:
         mode "kill": only the one that makes the call is killed, and the power stays. No role: nothing happens.
         """
         return {
-            "LD_PRELOAD": " ".join(filter(None, [str(self._library), os.environ.get("LD_PRELOAD", "")])),
+            "LD_PRELOAD": preloaded(self._library),
             "POWERLOSS_ROOT": str(self.root),
             "POWERLOSS_LOG": str(self._log),
             "POWERLOSS_STATE": str(self._state),

@@ -28,9 +28,7 @@ struct state {
     volatile uint32_t calls; /* of the role that is counted */
 };
 
-static char root[PATH_MAX], log_path[PATH_MAX], role[64];
-static size_t root_length;
-static dev_t root_device;
+static char log_path[PATH_MAX], role[64];
 static struct state *state;
 static long fatal_call;
 static int counted, kill_only;
@@ -68,8 +66,7 @@ __attribute__((constructor)) static void begin(void)
 {
     const char *where = getenv("POWERLOSS_ROOT"), *log = getenv("POWERLOSS_LOG"), *shared = getenv("POWERLOSS_STATE");
     const char *who = getenv("POWERLOSS_ROLE"), *call = getenv("POWERLOSS_CALL"), *mode = getenv("POWERLOSS_MODE");
-    struct stat info;
-    if (!where || !log || !shared || stat(where, &info) < 0)
+    if (!where || !log || !shared || !watch(where))
         return;
     int fd = syscall(SYS_openat, AT_FDCWD, shared, O_RDWR | O_CLOEXEC, 0);
     if (fd < 0)
@@ -78,10 +75,7 @@ __attribute__((constructor)) static void begin(void)
     close(fd);
     if (mapped == MAP_FAILED)
         return;
-    snprintf(root, sizeof root, "%s", where);
     snprintf(log_path, sizeof log_path, "%s", log);
-    root_length = strlen(root);
-    root_device = info.st_dev;
     find_role();
     counted = who && !strcmp(who, role);
     fatal_call = call ? atol(call) : 0;
@@ -98,47 +92,6 @@ int off(void)
     return !state;
 }
 
-int inside(const char *path)
-{
-    return !strncmp(path, root, root_length) && (path[root_length] == '/' || !path[root_length]);
-}
-
-int inside_fd(int fd, char *path)
-{
-    struct stat info;
-    char link[64];
-    if (fstat(fd, &info) < 0 || info.st_dev != root_device || !(S_ISREG(info.st_mode) || S_ISDIR(info.st_mode)))
-        return 0;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, PATH_MAX - 1);
-    path[n < 0 ? 0 : n] = 0;
-    return inside(path);
-}
-
-int inside_path(int dirfd, const char *given, char *path)
-{
-    char link[64], base[PATH_MAX];
-    path[0] = 0;
-    if (!given)
-        return 0;
-    if (given[0] == '/') {
-        snprintf(path, PATH_MAX, "%s", given);
-        return inside(path);
-    }
-    if (dirfd == AT_FDCWD)
-        snprintf(link, sizeof link, "/proc/self/cwd");
-    else
-        snprintf(link, sizeof link, "/proc/self/fd/%d", dirfd);
-    ssize_t n = readlink(link, base, sizeof base - 1);
-    base[n < 0 ? 0 : n] = 0;
-    return snprintf(path, PATH_MAX, "%s/%s", base, given) < PATH_MAX && inside(path);
-}
-
-const char *name_of(const char *path)
-{
-    return strrchr(path, '/') + 1;
-}
-
 uint64_t inode(const char *path)
 {
     struct stat info;
@@ -148,7 +101,7 @@ uint64_t inode(const char *path)
 uint64_t inode_of_parent(const char *path)
 {
     char parent[PATH_MAX];
-    snprintf(parent, sizeof parent, "%.*s", (int)(name_of(path) - path - 1), path);
+    parent_of(path, parent);
     return inode(parent);
 }
 

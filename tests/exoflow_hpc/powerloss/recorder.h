@@ -11,6 +11,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "paths.h"
+
 #pragma GCC visibility push(hidden)
 
 /* what a line of the log says; as in preload.py */
@@ -27,12 +29,6 @@ struct line {
 /* First in each call: whether this process is left alone. Without power there is no return. */
 int off(void);
 
-/* Whether a path, an open file or a name below a directory is in POWERLOSS_ROOT; the two last give its path. */
-int inside(const char *path);
-int inside_fd(int fd, char *path);
-int inside_path(int dirfd, const char *given, char *path);
-
-const char *name_of(const char *path);
 uint64_t inode(const char *path);
 uint64_t inode_of_parent(const char *path);
 uint64_t inode_of_fd(int fd);
