@@ -10,7 +10,7 @@ import exoflow_hpc as ef
 from exoflow_hpc import records
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import ExoFlowError
-from exoflow_hpc.history import committed_tasks, error_of, facts_of, kept_files, last_end
+from exoflow_hpc.history import committed_tasks, error_of, facts_of, kept_files, last_end, ran_in
 from exoflow_hpc.rank.messages import pack_error
 from exoflow_hpc.semantics import descendants
 
@@ -158,3 +158,25 @@ def test_what_a_commit_has_seen_is_remembered_until_it_is_committed_itself() -> 
     assert facts_of(known, history).seen == {}
     history.append(records.encode(records.TaskDeviated("left", "it was another one")))
     assert facts_of(known, history).deviant == {left}
+
+
+def test_what_ran_in_a_run_of_several_controllers() -> None:
+    known = spec()
+    left, right = known.index("left"), known.index("right")
+
+    def began(time: float, run: str) -> dict[str, Any]:
+        return records.encode(records.WorkflowStarted("host", 1, time, run))
+
+    undone = records.encode(records.TaskRolledBack("right", 1))
+    history = [
+        began(1.0, "before"),
+        committed("top"),
+        began(5.0, "this"),
+        committed("left"),
+        began(7.0, "this"),
+        records.encode(records.TaskStarted("right", 1, 0)),
+        undone,
+    ]
+    ran = ran_in(history, "this", known)
+    assert (ran.tasks, ran.rolled_back, ran.began) == ({left, right}, 1, 5.0)
+    assert ran_in(history, "another", known).tasks == set()

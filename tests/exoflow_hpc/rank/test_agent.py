@@ -144,6 +144,61 @@ def test_workflow_made_anew_begins_with_the_first_epoch_again(harness: Harness) 
     assert [(type(said), said.epoch) for said in harness.said] == [(ms.Ready, 1), (ms.Over, 1), (ms.Ready, 1)]
 
 
+def report(harness: Harness, epoch: int, rank: int = 4, run: str = "run-1") -> list[Any]:
+    harness.said.clear()
+    harness.agent.handle(rank, ms.Survey(epoch, harness.directory, run))
+    return harness.said
+
+
+def begin_kept(harness: Harness, epoch: int, kept: list[list[int]], rank: int = 4) -> None:
+    harness.agent.handle(rank, ms.Begin(epoch, "w", harness.directory, "run-1", 0.0, kept))
+
+
+def test_what_runs_and_was_made_is_reported_and_goes_on(harness: Harness) -> None:
+    """The controller that takes over hears of the end of what it keeps, and the old one is refused from the survey on."""
+    run(harness)
+    assert report(harness, 2) == [ms.Report(2, 2, [], [[0, 0, []]])]
+    harness.agent.handle(3, ms.Run(1, 0, 1, 0, False, [], []))
+    assert report(harness, 2) == [ms.Report(2, 2, [], [[0, 0, []]])], "asked again, it answers again"
+    begin_kept(harness, 2, [[0, 0]])
+    assert [type(said) for said in harness.said] == [ms.Report, ms.Ready]
+    harness.pool.cancel.assert_not_called()
+    finished = ms.Finished(2, 0, 0, BIG.to_wire(), 1 << 20, None, 0.0)
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == [finished]
+    made = [0, 0, BIG.to_wire(), 1 << 20, None, []]
+    assert report(harness, 3, 5) == [ms.Report(3, 2, [made], [])]
+    begin_kept(harness, 3, [], 5)
+    assert report(harness, 4, 5) == [ms.Report(4, 2, [], [])], "what does not count is forgotten"
+
+
+def test_what_does_not_count_is_stopped(harness: Harness) -> None:
+    run(harness)
+    report(harness, 2)
+    begin_kept(harness, 2, [])
+    harness.pool.cancel.assert_called_once_with(harness.pool.submit.return_value)
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == []
+
+
+def test_what_was_canceled_is_not_reported(harness: Harness) -> None:
+    run(harness)
+    harness.agent.handle(3, ms.Cancel(1, 0, 0))
+    assert report(harness, 2) == [ms.Report(2, 2, [], [])]
+    assert harness.ends(TaskCancelled(True)) == []
+
+
+def test_a_survey_of_another_run_finds_nothing_and_changes_nothing(harness: Harness) -> None:
+    run(harness)
+    assert report(harness, 2, run="another") == [ms.Report(2, 2, [], [])]
+    assert report(harness, 1) == [], "of the epoch that it is in, from another rank"
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == [ms.Finished(1, 0, 0, BIG.to_wire(), 1 << 20, None, 0.0)]
+
+
+def test_what_ends_between_report_and_begin_is_told(harness: Harness) -> None:
+    run(harness)
+    report(harness, 2)
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == [ms.Finished(2, 0, 0, BIG.to_wire(), 1 << 20, None, 0.0)]
+
+
 def test_damaged_checkpoint_is_told(harness: Harness, tmp_path: Path) -> None:
     place = ms.InputPlace(0, "checkpoint", 4, file="1-0.0-0.h5", entry="f", checksum="00")
     harness.said.clear()

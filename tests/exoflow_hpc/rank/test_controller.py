@@ -57,6 +57,7 @@ class Harness:
     def __init__(self, directory: Path, rows: list[dict[str, Any]], *ranks: int) -> None:
         (directory / "journal").mkdir()
         (directory / "checkpoints").mkdir()
+        (directory / "FENCE").touch()
         self.directory = directory
         self.journal, past = journal.Journal.open(directory)
         self.sent: list[tuple[int, Any]] = []
