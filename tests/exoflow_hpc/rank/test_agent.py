@@ -14,7 +14,8 @@ from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import StorageError
 from exoflow_hpc.rank import agent as agent_module
 from exoflow_hpc.rank import messages as ms
-from exoflow_hpc.rank.agent import Agent, output_id
+from exoflow_hpc.rank.agent import Agent
+from exoflow_hpc.rank.naming import output_id
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.storage import Storage
 from exoflow_hpc.worker.protocol import TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskResult
