@@ -18,7 +18,9 @@ __all__ = [
     "Facts",
     "Status",
     "canceled",
+    "check_bytes",
     "check_output",
+    "check_reference",
     "committed_tasks",
     "error_of",
     "expired_tasks",
@@ -244,19 +246,29 @@ def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.H
 
 def check_output(workflow_dir: Path, record: records.TaskCommitted) -> None:
     """CorruptCheckpointError if a committed output, or what it refers to, is not what was written. Runs no user code. StorageError."""
+    check_bytes(workflow_dir, record)
+    for one in record.references:
+        check_reference(workflow_dir, one)
+
+
+def check_bytes(workflow_dir: Path, record: records.TaskCommitted) -> None:
+    """Do the same for the output's own bytes alone."""
     place = record.location
     if isinstance(place, records.InCheckpoint):
         checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
-    else:
-        from hoplite_mpi.meta import Meta
+        return
+    from hoplite_mpi.meta import Meta
 
-        found = serialize.checksum(Meta.from_wire(record.meta), place.data)
-        if found != record.checksum:
-            raise CorruptCheckpointError(
-                f"the output of task {record.task_id} in the journal has the checksum {found}, not {record.checksum}"
-            )
-    for one in record.references:
-        checkpoint.read(workflow_dir, one.location.file, one.location.entry, one.checksum)
+    found = serialize.checksum(Meta.from_wire(record.meta), place.data)
+    if found != record.checksum:
+        raise CorruptCheckpointError(
+            f"the output of task {record.task_id} in the journal has the checksum {found}, not {record.checksum}"
+        )
+
+
+def check_reference(workflow_dir: Path, one: records.Reference) -> None:
+    """Do the same for an object that an output refers to."""
+    checkpoint.read(workflow_dir, one.location.file, one.location.entry, one.checksum)
 
 
 def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:

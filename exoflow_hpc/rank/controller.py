@@ -279,12 +279,15 @@ class Controller:
             self.tell(ev.RollbackFailed(message.task, message.attempt, failure, lost))
             return
         missing = [(which[0], which[1]) for which in message.missing if len(which) == 2]
-        missing += self._references.lost((a, b, c) for a, b, *rest in message.missing for c in rest)
+        lost = self._references.lost((a, b, c) for a, b, *rest in message.missing for c in rest)
         self.tell(
-            ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, tuple(missing))
+            ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, (*missing, *lost))
         )
+        if lost:  # also if nobody waits for that attempt any more
+            self._lose(lost)
         for which in missing:
-            self._free(which)
+            if not self._scheduler.is_held(*which):
+                self._free(which)
 
     # -- instructions ----------------------------------------------------------------------------------------------------------
 

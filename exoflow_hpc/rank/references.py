@@ -170,7 +170,7 @@ class References:
 
     def _place(self, key: Key, refers: list[int]) -> InputPlace:
         task, attempt, index = key
-        if key in self._puts:
+        if key not in self._durable or key in self._puts:  # one that was lost just now is looked for in vain
             return InputPlace(task, "memory", attempt, index=index, refers=refers)
         one = self._durable[key]
         where = one.location

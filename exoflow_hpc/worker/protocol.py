@@ -161,6 +161,7 @@ class TaskRequest:
     def from_wire(cls, wire: list[Any]) -> TaskRequest:
         """Inverse of `to_wire`."""
         identity, function, args, blobs, inputs, output, retry, inline_limit, sys_path, *rest = wire
+        given = tuple(Given(task, attempt, index, _input_from_wire(one)) for task, attempt, index, one in rest.pop())
         return cls(
             TaskIdentity.from_wire(identity),
             function,
@@ -171,8 +172,7 @@ class TaskRequest:
             retry,
             inline_limit,
             tuple(sys_path),
-            *rest[:-1],
-            tuple(Given(task, attempt, index, _input_from_wire(one)) for task, attempt, index, one in rest[-1]),
+            *[*rest, given],
         )
 
 
