@@ -279,12 +279,12 @@ class Controller:
             self.tell(ev.RollbackFailed(message.task, message.attempt, failure, lost))
             return
         missing = [(which[0], which[1]) for which in message.missing if len(which) == 2]
-        lost = self._references.lost((a, b, c) for a, b, *rest in message.missing for c in rest)
+        gone = self._references.lost((a, b, c) for a, b, *rest in message.missing for c in rest)
         self.tell(
-            ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, (*missing, *lost))
+            ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, (*missing, *gone))
         )
-        if lost:  # also if nobody waits for that attempt any more
-            self._lose(lost)
+        if gone:  # also if nobody waits for that attempt any more
+            self._lose(gone)
         for which in missing:
             if not self._scheduler.is_held(*which):
                 self._free(which)
