@@ -51,6 +51,7 @@ from exoflow_hpc.errors import (
     WorkflowExistsError,
     WorkflowNotFoundError,
 )
+from exoflow_hpc.references import Ref, get, put
 from exoflow_hpc.shards import Shard
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "InvalidWorkflowIdError",
     "JournalBrokenError",
     "NondeterminismError",
+    "Ref",
     "Shard",
     "StorageError",
     "TaskContext",
@@ -78,10 +80,12 @@ __all__ = [
     "cancel",
     "context",
     "delete",
+    "get",
     "get_metadata",
     "get_output",
     "get_status",
     "list_all",
+    "put",
     "read_global",
     "reduce",
     "resume",

@@ -226,6 +226,7 @@ class Metadata:
     #: of one task only
     task: str | None = None
     checkpoint: str | None = None
+    #: with what its output refers to
     nbytes: int | None = None
     location: str | None = None
 
@@ -236,7 +237,7 @@ def get_status(workflow_id: str, storage: str | os.PathLike[str] | None = None) 
 
 
 def get_output(workflow_id: str, task: str | None = None, storage: str | os.PathLike[str] | None = None) -> Any:
-    """Return the committed output of a workflow, or of one of its tasks by name; arrays are read-only.
+    """Return the committed output of a workflow, or of one of its tasks by name; arrays are read-only, and `get` reads references in it.
 
     WorkflowNotFoundError; ExoFlowError if it isn't committed; CorruptCheckpointError.
     """
@@ -278,7 +279,7 @@ def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.Pa
         past.epoch,
         task,
         spec.tasks[index].checkpoint,
-        None if record is None else record.nbytes,
+        None if record is None else record.nbytes + sum(one.nbytes for one in record.references),
         where,
     )
 

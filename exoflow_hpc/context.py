@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import ExoFlowError
 from .settings import Settings
@@ -29,6 +30,8 @@ class TaskContext:
     epoch: int
     #: takes (fraction, text) to whoever shows it
     report: Callable[[float, str], None] | None = field(default=None, repr=False)
+    #: what it has put and was given by reference, see `references`
+    objects: Any = field(default=None, repr=False)
     #: seconds between two reports that are passed on
     progress_interval: float = Settings.progress_interval
     _reported: float = field(default=-math.inf, repr=False)

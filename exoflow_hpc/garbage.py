@@ -2,9 +2,10 @@
 
 What makes it safe beside controllers, takeovers, readers and other collectors, and against a kill at any moment:
 
-- A record names only checkpoint files of its own epoch, and a file links only to files of its own epoch. So only the files of
-  epochs that are *over* are touched: those that a newer epoch has sealed. What such an epoch's journal says is fixed for
-  ever; before the seal, a controller that is being replaced may still name a file, and the seal may still accept that.
+- A record names only checkpoint files of its own epoch, and, by reference, files that stood when that began; a file links only to
+  files of its own epoch. So only the files of epochs that are *over* are touched: those that a newer epoch has sealed. What such an
+  epoch's journal says is fixed for ever; before the seal, a controller that is being replaced may still name a file, and the seal
+  may still accept that.
 - Files are listed before the journal is read, so that whatever names one of them by then is seen. The journal is read as a
   power cut would leave it.
 - What is named by what stands now, or stood at the seal, is kept, with all that it links to.
@@ -167,12 +168,8 @@ def _epoch(name: str) -> str:
     return name.removeprefix(".tmp-").partition("-")[0]
 
 
-def _file(record: records.TaskCommitted) -> str | None:
-    return record.location.file if isinstance(record.location, records.InCheckpoint) else None
-
-
 def _files(standing: Iterable[records.TaskCommitted]) -> set[str]:
-    return {file for one in standing if (file := _file(one)) is not None}
+    return {file for one in standing for file in one.files}
 
 
 def _with_links(directory: Path, files: Iterable[str]) -> set[str]:
@@ -198,8 +195,8 @@ def _expirable(
     spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
     tasks = [(one, spec.tasks[spec.index(one.task_id)]) for one in standing]
     needed = [one for one, task in tasks if task.index == spec.output or task.external or not task.deterministic]
-    kept = _with_links(directory, (file for one in needed if (file := _file(one)) is not None))
-    found = [one for one in standing if (file := _file(one)) is not None and file not in kept]
+    kept = _with_links(directory, _files(needed))
+    found = [one for one in standing if one.files and kept.isdisjoint(one.files)]
     output = next((one for one, task in tasks if task.index == spec.output), None)
     if output is None:
         return []

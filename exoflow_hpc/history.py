@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
 from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
+from exoflow_hpc.references import StoredObjects, resolving
 from exoflow_hpc.semantics import descendants
 from exoflow_hpc.spec import WorkflowSpec
 
@@ -18,7 +19,9 @@ __all__ = [
     "Ran",
     "Status",
     "canceled",
+    "check_bytes",
     "check_output",
+    "check_reference",
     "committed_tasks",
     "error_of",
     "expired_tasks",
@@ -127,7 +130,7 @@ def _void(facts: Facts[str], record: records.TaskVoided | records.TaskExpired) -
         for name, _ in known.consumed:
             facts.seen.pop(name, None)
         return
-    facts.seen[task] = known.checksum
+    facts.seen[task] = known.seen_as
     if isinstance(record, records.TaskVoided):  # it is damaged: nobody can be given it
         facts.results.pop(task, None)
 
@@ -157,6 +160,8 @@ def _see(facts: Facts[str], consumed: Iterable[Any]) -> None:
 def _commit(facts: Facts[str], record: records.TaskCommitted, spec: WorkflowSpec | None) -> None:
     task = record.task_id
     _take_attempt(facts, task, record.attempt)
+    for one in record.references:  # another object must never have the name of one that is referred to
+        _take_attempt(facts, one.task, one.attempt)
     if task in facts.committed:
         return
     facts.owed.discard(task)
@@ -213,9 +218,14 @@ def standing_outputs(history: Iterable[dict[str, Any]]) -> dict[str, records.Tas
 def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
     """Return the checkpoint files that rollbacks may yet be given: inputs and outputs of effects that were not undone, void or not."""
     facts = facts_by_name(history)
-    places = [records.location_of(place) for start in facts.effects.values() for place, _, _ in start.inputs]
-    places += [record.location for record in facts.results.values()]
-    return {place.file for place in places if isinstance(place, records.InCheckpoint)}
+    kept = {file for record in facts.results.values() for file in record.files}
+    for start in facts.effects.values():
+        for wire in start.inputs:
+            place, _, _, references = records.kept_input(wire)
+            kept.update(one.location.file for one in references)
+            if isinstance(place, records.InCheckpoint):
+                kept.add(place.file)
+    return kept
 
 
 def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> Ran:
@@ -263,7 +273,14 @@ def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.H
 
 
 def check_output(workflow_dir: Path, record: records.TaskCommitted) -> None:
-    """Raise CorruptCheckpointError if a committed output is not what was written. Runs no user code. StorageError."""
+    """CorruptCheckpointError if a committed output, or what it refers to, is not what was written. Runs no user code. StorageError."""
+    check_bytes(workflow_dir, record)
+    for one in record.references:
+        check_reference(workflow_dir, one)
+
+
+def check_bytes(workflow_dir: Path, record: records.TaskCommitted) -> None:
+    """Do the same for the output's own bytes alone."""
     place = record.location
     if isinstance(place, records.InCheckpoint):
         checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
@@ -277,15 +294,24 @@ def check_output(workflow_dir: Path, record: records.TaskCommitted) -> None:
         )
 
 
+def check_reference(workflow_dir: Path, one: records.Reference) -> None:
+    """Do the same for an object that an output refers to."""
+    checkpoint.read(workflow_dir, one.location.file, one.location.entry, one.checksum)
+
+
 def load_output(workflow_dir: Path, record: records.TaskCommitted) -> Any:
-    """Return the value of a committed output. CorruptCheckpointError, StorageError."""
+    """Return the value of a committed output; what it refers to is read when it is asked for. CorruptCheckpointError, StorageError."""
     place = record.location
     if isinstance(place, records.Inline):
         from hoplite_mpi.meta import Meta
 
-        return serialize.unpack(Meta.from_wire(record.meta), place.data)
-    meta, data = checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
-    return serialize.unpack(meta, data)
+        meta, data = Meta.from_wire(record.meta), memoryview(place.data)
+    else:
+        meta, data = checkpoint.read(workflow_dir, place.file, place.entry, record.checksum)
+    if not record.references:
+        return serialize.unpack(meta, data)
+    with resolving(StoredObjects(workflow_dir, record.references).refs()):
+        return serialize.unpack(meta, data)
 
 
 def canceled(workflow_id: str) -> CanceledError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -14,6 +16,7 @@ __all__ = [
     "Inline",
     "Location",
     "Record",
+    "Reference",
     "RollbackStarted",
     "TaskCommitted",
     "TaskDeviated",
@@ -26,7 +29,9 @@ __all__ = [
     "WorkflowStarted",
     "decode",
     "encode",
+    "kept_input",
     "location_of",
+    "seen_as",
 ]
 
 #: outputs up to this many bytes are kept in the journal itself
@@ -63,6 +68,46 @@ def location_of(wire: dict[str, Any]) -> Location:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """An object that an output refers to, put by an *attempt* of a task as its *index*-th (R7), durable at *location*."""
+
+    task: str
+    attempt: int
+    index: int
+    location: InCheckpoint
+    checksum: str
+    nbytes: int
+    meta: list[Any]
+    #: what it refers to itself: positions in the same list
+    refers: list[int] = dataclasses.field(default_factory=list)
+
+    def to_wire(self) -> list[Any]:
+        where = [self.location.file, self.location.entry, self.checksum, self.nbytes, self.meta, self.refers]
+        return [self.task, self.attempt, self.index, *where]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> Reference:
+        task, attempt, index, file, entry, *rest = wire
+        return cls(task, attempt, index, InCheckpoint(file, entry), *rest)
+
+
+def seen_as(checksum: str, references: Sequence[Reference]) -> str:
+    """Return what tells an output from others together with all that it refers to: its own checksum if that is nothing (R12)."""
+    if not references:
+        return checksum
+    digest = hashlib.blake2b(digest_size=16)
+    for one in (checksum, *(reference.checksum for reference in references)):
+        digest.update(one.encode() + b"\n")
+    return f"with-{digest.hexdigest()}"
+
+
+def kept_input(wire: list[Any]) -> tuple[Location, list[Any], str, list[Reference]]:
+    """Return location, meta, checksum and references of one of `TaskStarted.inputs`."""
+    place, meta, checksum, *references = wire
+    return location_of(place), meta, checksum, [Reference.from_wire(one) for one in (references or [[]])[0]]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkflowStarted:
     """A controller began to run the workflow, in the epoch of the file that this stands in."""
 
@@ -86,8 +131,8 @@ class TaskStarted:
     rank: int = -1
     #: `heartbeat.identity` of the rank's process; empty: unknown
     process: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: where the outputs are that it takes, in the order of `TaskSpec.data`, for its rollback: [location, meta, checksum] each; empty
-    #: for a task without one
+    #: where the outputs are that it takes, in the order of `TaskSpec.data`, for its rollback: [location, meta, checksum] each, and the
+    #: wire form of what it refers to, if that is anything; empty for a task without one
     inputs: list[Any] = dataclasses.field(default_factory=list)
     #: as in `TaskCommitted`
     consumed: list[Any] = dataclasses.field(default_factory=list)
@@ -126,7 +171,7 @@ class TaskDeviated:
 
 @dataclass(frozen=True, slots=True)
 class TaskCommitted:
-    """K(t) (R1): every byte of the output is durable at *location* before this record is written."""
+    """K(t) (R1): every byte of the output is durable at *location*, and of all that it refers to, before this record is written."""
 
     type: ClassVar[str] = "task_committed"
     task_id: str
@@ -141,8 +186,26 @@ class TaskCommitted:
     #: [task, checksum] of outputs that went in and were not committed then, as far as they are known: made again, they have to be the same
     #: (R12)
     consumed: list[Any] = dataclasses.field(default_factory=list)
+    #: all that the output refers to, directly (in the order in which its bytes count them) or not. Some may have been written for another
+    #: output, in this epoch, or in an older one if it stood when this one began: files that were never without a name since
+    references: list[Reference] = dataclasses.field(default_factory=list)
     #: lineage of the attempt (`succession.Lineage`): [task, attempt, committed] each; None: not known
     stand: list[Any] | None = dataclasses.field(default_factory=list)
+
+    @property
+    def seen_as(self) -> str:
+        """What tells the output, with all that it refers to, from another one."""
+        return seen_as(self.checksum, self.references)
+
+    @property
+    def places(self) -> list[Location]:
+        """Where all of its bytes are."""
+        return [self.location, *(one.location for one in self.references)]
+
+    @property
+    def files(self) -> set[str]:
+        """The checkpoint files that its bytes are in."""
+        return {place.file for place in self.places if isinstance(place, InCheckpoint)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +279,9 @@ def encode(record: Record) -> dict[str, Any]:
         wire[name] = getattr(record, name)
     if "location" in wire:
         wire["location"] = wire["location"].to_wire()
+    references = wire.pop("references", None)
+    if references:  # without any, older versions can read it
+        wire["references"] = [one.to_wire() for one in references]
     return wire
 
 
@@ -229,6 +295,8 @@ def decode(wire: dict[str, Any]) -> Record:
     values = {name: value for name, value in wire.items() if name != "type"}
     if "location" in values:
         values["location"] = location_of(values["location"])
+    if "references" in values:
+        values["references"] = [Reference.from_wire(one) for one in values["references"]]
     try:
         record: Record = kind(**values)
     except TypeError as error:

@@ -187,6 +187,11 @@ class Scheduler:
         """Whether the result of *attempt* would be taken."""
         return self._is_current(task, attempt)
 
+    def is_held(self, task: int, attempt: int) -> bool:
+        """Whether the output of *attempt* is in memory, and may be needed."""
+        held = self._table.held[task]
+        return held is not None and held.attempt == attempt
+
     def attempt(self, task: int) -> int:
         """Return the number of the latest attempt of *task*, -1 if there was none."""
         return self._attempt[task]

@@ -33,7 +33,9 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     journal_files: int = 0
     outputs: int = 0
-    #: of the outputs
+    #: objects that they refer to
+    references: int = 0
+    #: of both
     nbytes: int = 0
     #: ends of journal files that are no whole records: what a kill leaves there, so no finding, but damage to the last
     #: record looks the same
@@ -58,23 +60,40 @@ def examine(storage: Storage, workflow_id: str) -> Report:
         report.torn = [tail for tail in journal.inspect(directory)[0].torn if tail in past.torn]
     report.findings.extend(Finding(f"{path} {text}", path) for path, text in problems)
     # by name: a damaged spec keeps nobody from looking at the outputs
+    checked: set[tuple[str, str]] = set()
     for record in history.standing_outputs(past.records).values():
         report.outputs += 1
         report.nbytes += record.nbytes
-        finding = _check(directory, record)
-        if finding is not None and _stands(directory, record):
-            report.findings.append(finding)
+        found = [_check(directory, record)]
+        for one in record.references:
+            if (one.location.file, one.location.entry) not in checked:  # several outputs may refer to it
+                checked.add((one.location.file, one.location.entry))
+                report.references += 1
+                report.nbytes += one.nbytes
+                found.append(_check_reference(directory, one))
+        findings = [finding for finding in found if finding is not None]
+        if findings and _stands(directory, record):
+            report.findings.extend(findings)
     return report
 
 
 def _check(directory: Path, record: records.TaskCommitted) -> Finding | None:
     place = record.location
     try:
-        history.check_output(directory, record)
+        history.check_bytes(directory, record)
     except (CorruptCheckpointError, StorageError) as error:
         if isinstance(place, records.InCheckpoint):
             return Finding(str(error), str(directory / "checkpoints" / place.file), record.task_id, place.entry)
         return Finding(str(error), str(directory / "journal"), record.task_id)
+    return None
+
+
+def _check_reference(directory: Path, one: records.Reference) -> Finding | None:
+    place = one.location
+    try:
+        history.check_reference(directory, one)
+    except (CorruptCheckpointError, StorageError) as error:
+        return Finding(str(error), str(directory / "checkpoints" / place.file), one.task, place.entry)
     return None
 
 

@@ -41,7 +41,8 @@ def check(options: Any) -> int:
         put(json.dumps(wire))
     else:
         put(
-            f"{options.id}: {report.journal_files} journal files and {report.outputs} outputs of {report.nbytes:,} bytes checked, "
+            f"{options.id}: {report.journal_files} journal files and {report.outputs} outputs "
+            f"{f'and {report.references} objects that they refer to, ' if report.references else ''}of {report.nbytes:,} bytes checked, "
             f"{len(report.findings) or 'nothing'} damaged"
         )
     return exitcodes.FAILED if report.findings else exitcodes.SUCCESSFUL

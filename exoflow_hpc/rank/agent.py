@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Iterable
@@ -17,7 +19,7 @@ from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.made import Made, MadeOutputs
-from exoflow_hpc.rank.naming import output_id
+from exoflow_hpc.rank.naming import is_reference, output_id, reference_id
 from exoflow_hpc.rank.reducing import Reducer
 from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
@@ -27,6 +29,7 @@ from exoflow_hpc.succession import shown
 from exoflow_hpc.worker.pool import WorkerPool
 from exoflow_hpc.worker.protocol import (
     ArenaInput,
+    Given,
     InlineInput,
     TaskCancelled,
     TaskCrashed,
@@ -36,7 +39,7 @@ from exoflow_hpc.worker.protocol import (
     TaskRequest,
     TaskResult,
 )
-from hoplite_mpi import ClosedError, EvictedError, HopliteError, ObjectID
+from hoplite_mpi import ClosedError, EvictedError, HopliteError, ObjectID, ObjectLostError
 from hoplite_mpi.memory import Arena
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.testing import fault
@@ -130,7 +133,10 @@ class Agent:
                 self._cancel(message)
             case ms.Write():
                 self._saver.write(
-                    message, self._id(message.task, message.attempt), self.workflow_dir, self._name(message.task)
+                    message,
+                    self._id(message.task, message.attempt, message.index),
+                    self.workflow_dir,
+                    self._name(message.task),
                 )
             case ms.End():
                 self._end(rank, message)
@@ -148,6 +154,12 @@ class Agent:
         with contextlib.suppress(ClosedError, EvictedError):
             for oid in self._loaded.values():
                 self._store.delete(oid)
+            if (
+                self._begun is not None
+            ):  # what was put by attempts that were not kept, here or by a rank of this node that is gone
+                for known in list(self._arena.objects()):
+                    if is_reference(known.oid, self._begun.run):
+                        self._arena.delete(known.oid)
         self._loaded.clear()
 
     def _stop(self, jobs: Iterable[Job]) -> None:
@@ -198,7 +210,7 @@ class Agent:
             # a rollback may be called again, and is; what was canceled is void
             self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled])
             made = [[m.task, m.attempt, m.meta, m.nbytes, m.data, m.stand] for m in self._made.all()]
-            running = [[*which, job.run.stand] for which, job in self._jobs.items()]
+            running = [[*which, None if job.run.references else job.run.stand] for which, job in self._jobs.items()]
         fault.point("agent.report")
         self._send(rank, ms.Report(message.epoch, self._slots, made, running))
 
@@ -211,9 +223,10 @@ class Agent:
     def _reply(self, message: ms.Message) -> None:
         self._send(self._controller, message)
 
-    def _id(self, task: int, attempt: int) -> ObjectID:
+    def _id(self, task: int, attempt: int, index: int = -1) -> ObjectID:
         assert self._begun is not None
-        return output_id(self._begun.run, self._name(task), attempt)
+        output = output_id(self._begun.run, self._name(task), attempt)
+        return output if index < 0 else reference_id(self._begun.run, output, index)
 
     def _name(self, task: int) -> str:
         assert self._spec is not None
@@ -222,18 +235,18 @@ class Agent:
     # -- running -------------------------------------------------------------------------------------------------------------
 
     def _run(self, run: ms.Run) -> None:
-        assert self._spec is not None
-        job = Job(run, self._spec.tasks[run.task], self._id(run.task, run.attempt))
+        assert self._spec is not None and self._begun is not None
+        job = Job(run, self._spec.tasks[run.task], self._id(run.task, run.attempt), self._begun.run)
         self._jobs[run.task, run.attempt] = job
         fault.point("agent.dispatched")
-        for position, place in enumerate(run.inputs):
+        for position, place in enumerate(job.places):
             if place.kind == "inline":
                 assert place.meta is not None
-                job.inputs[position] = InlineInput(Meta.from_wire(place.meta), place.data)
+                job.inputs[position] = InlineInput(Meta.from_wire(place.meta), place.data, tuple(place.refers))
             elif place.kind == "memory":
-                self._fetch(job, position, self._id(place.task, place.attempt))
-            elif (place.task, place.attempt) in self._loaded:
-                self._fetch(job, position, self._loaded[place.task, place.attempt])
+                self._fetch(job, position, self._id(place.task, place.attempt, place.index))
+            elif place.kind == "checkpoint" and _key(place) in self._loaded:
+                self._fetch(job, position, self._loaded[_key(place)])
             else:
                 job.coming[position] = ObjectID.random()  # any: it isn't looked for while it is read
                 self._helpers.submit(self._read, job, position, place, self.workflow_dir)
@@ -250,20 +263,20 @@ class Agent:
             return
         error = future.exception()
         if error is not None:
-            place = job.run.inputs[position]
-            lost = [[place.task, place.attempt]] if place.kind == "memory" else []
+            place = job.place(position)
+            lost = [_missing(place)] if place.kind == "memory" else []
             self._failed(job, Failure("lost-input", f"input {position}: {error}"), missing=lost)
             return
         job.coming.pop(position, None)
         job.values[position] = future.result()
-        ready = self._store.local(oid)
+        ready, refers = self._store.local(oid), tuple(job.place(position).refers)
         if ready is None:  # deleted meanwhile: only an attempt that was given up can see that
             self._failed(job, Failure("lost-input", f"input {position} was deleted"))
         elif ready.inline is not None:
-            job.inputs[position] = InlineInput(ready.meta, ready.inline)
+            job.inputs[position] = InlineInput(ready.meta, ready.inline, refers)
             self._start_if_complete(job)
         else:
-            job.inputs[position] = ArenaInput(oid, ready.version)
+            job.inputs[position] = ArenaInput(oid, ready.version, refers)
             self._start_if_complete(job)
 
     def _read(self, job: Job, position: int, place: ms.InputPlace, workflow_dir: str) -> None:
@@ -286,12 +299,12 @@ class Agent:
     def _found_corrupt(self, job: Job, place: ms.InputPlace, text: str) -> None:
         """Tell the controller, which begins again without that output; the attempt waits until then."""
         if not job.over:
-            self._reply(ms.Corrupt(self._epoch, place.task, place.attempt, text))
+            self._reply(ms.Corrupt(self._epoch, place.task, place.attempt, text, place.index))
 
     def _was_read(self, job: Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
         if job.over:
             return
-        oid = self._loaded.get((place.task, place.attempt)) if place.kind == "checkpoint" else None
+        oid = self._loaded.get(_key(place)) if place.kind == "checkpoint" else None
         if oid is None:
             oid = ObjectID.random()
             try:
@@ -300,14 +313,12 @@ class Agent:
                 self._failed(job, Failure("lost-input", f"no room for input {position}: {error}"))
                 return
             # what is kept for a rollback may be any attempt's: under a key that is used once only
-            key = (
-                (place.task, place.attempt) if place.kind == "checkpoint" else (job.run.task, job.run.attempt, position)
-            )
-            self._loaded[key] = oid
+            kept = place.kind == "kept"
+            self._loaded[(job.run.task, job.run.attempt, -1, position) if kept else _key(place)] = oid
         self._fetch(job, position, oid)
 
     def _start_if_complete(self, job: Job) -> None:
-        if job.over or len(job.inputs) < len(job.run.inputs):
+        if job.over or not job.is_complete:
             return
         if job.canceled:
             self._failed(job, Failure("canceled", "canceled"))
@@ -326,7 +337,7 @@ class Agent:
             retry=task.retry,
             args=task.args,
             blobs={key: spec.blobs[key] for key in blobs},
-            inputs=job.inputs,
+            inputs={position: one for position, one in job.inputs.items() if position < len(run.inputs)},
             output=job.output,
             inline_limit=self._store.inline_limit,
             sys_path=spec.sys_path,
@@ -335,6 +346,11 @@ class Agent:
             timeout=task.timeout,
             memory=task.memory,
             catch=task.catch_exceptions and not run.rollback,
+            run=self._begun.run,
+            references=tuple(
+                Given(self._name(one.task), one.attempt, one.index, job.inputs[len(run.inputs) + position])
+                for position, one in enumerate(run.references)
+            ),
         )
         job.submitted = time.monotonic()
         self._submitted[job] = None
@@ -368,11 +384,14 @@ class Agent:
         if job.over or not isinstance(result, TaskDone):
             # a worker that died, or was killed, may have sealed an output that nobody will ask for
             self._arena.delete(oid)
+            self._delete_puts(job, result)
         if job.over:
             return
         if isinstance(result, TaskDone):
             fault.point("agent.task_done")
             try:
+                for put in result.puts:
+                    self._take_put(reference_id(job.run_name, oid, put.index))
                 if result.inline is None:
                     self._arena.adopt(oid)  # the memory is this rank's from now on, and not the worker's
                     self._store.adopt(oid)
@@ -380,16 +399,40 @@ class Agent:
                     self._store.put_bytes(oid, result.meta, result.inline)
             except HopliteError as error:
                 self._arena.delete(oid)
+                with contextlib.suppress(HopliteError):
+                    for put in result.puts:
+                        self._store.delete(reference_id(job.run_name, oid, put.index))
+                self._delete_puts(job, result)
                 self._failed(job, Failure("crash", f"its output could not be stored: {error}"))
                 return
             data = result.inline if result.nbytes <= INLINE_LIMIT else None
-            self._finished(job, result.meta, data, result.seconds)
+            self._finished(job, result.meta, data, result.seconds, result)
         elif isinstance(result, TaskFailed):
             self._task_failed(job, result)
         elif isinstance(result, TaskCrashed):
             self._failed(job, Failure(result.kind, result.reason))
         elif isinstance(result, TaskCancelled):
             self._failed(job, Failure("canceled", "canceled"))
+
+    def _take_put(self, oid: ObjectID) -> None:
+        """Make an object that a worker has sealed this rank's, and known to all. HopliteError."""
+        pinned = self._arena.map(oid)
+        if pinned is None:
+            raise ObjectLostError(f"{oid} is not in this node's arena")
+        if pinned.meta.nbytes > self._store.inline_limit:
+            self._arena.adopt(oid)
+            self._store.adopt(oid)
+            return
+        meta, data = pinned.meta, bytes(pinned.buffer)
+        self._arena.delete(oid)
+        self._store.put_bytes(oid, meta, data)
+
+    def _delete_puts(self, job: Job, result: TaskResult) -> None:
+        """Remove what an attempt has put that is not kept. A worker that died has left the first ones of its objects, without a gap."""
+        done = isinstance(result, TaskDone)
+        for index in [put.index for put in result.puts] if isinstance(result, TaskDone) else itertools.count():
+            if not self._arena.delete(reference_id(job.run_name, job.output, index)) and not done:
+                return
 
     def _task_failed(self, job: Job, result: TaskFailed) -> None:
         if result.stage == "inputs" and result.lost_inputs:
@@ -405,12 +448,25 @@ class Agent:
         failure = Failure("exception", text, result.traceback, result.pickled or b"")
         self._failed(job, failure, retryable=result.retryable)
 
-    def _finished(self, job: Job, meta: Meta, data: bytes | None, seconds: float) -> None:
+    def _finished(
+        self, job: Job, meta: Meta, data: bytes | None, seconds: float, result: TaskDone | None = None
+    ) -> None:
         self._over(job)
         run, wire = job.run, meta.to_wire()
+        refers = result is not None and bool(result.refers)
         if not run.rollback:
-            self._made.add(Made(run.task, run.attempt, wire, meta.nbytes, data, run.stand))
-        self._reply(ms.Finished(self._epoch, run.task, run.attempt, wire, meta.nbytes, data, seconds))
+            # what refers to objects is not known to another controller, so it is made again
+            stand = None if refers else run.stand
+            self._made.add(Made(run.task, run.attempt, wire, meta.nbytes, data, stand))
+        message = ms.Finished(self._epoch, run.task, run.attempt, wire, meta.nbytes, data, seconds)
+        if result is not None and refers:
+            puts = [[put.index, put.meta.to_wire(), self._by_index(put.refers)] for put in result.puts]
+            message = dataclasses.replace(message, refers=self._by_index(result.refers), puts=puts)
+        self._reply(message)
+
+    def _by_index(self, keys: Iterable[tuple[str, int, int]]) -> list[list[int]]:
+        assert self._spec is not None
+        return [[self._spec.index(task), attempt, index] for task, attempt, index in keys]
 
     def _failed(
         self, job: Job, failure: Failure, *, retryable: bool = False, missing: list[list[int]] | None = None
@@ -451,16 +507,23 @@ class Agent:
         waiting = [job for job in self._jobs.values() if job.coming]
         if not waiting:
             return
-        asked = {
-            oid for job in waiting for position, oid in job.coming.items() if job.run.inputs[position].kind == "memory"
-        }
+        asked = {oid for job in waiting for position, oid in job.coming.items() if job.place(position).kind == "memory"}
         found = self._store.located(sorted(asked)) if asked else frozenset()
         for job in waiting:
             lost = [
-                [job.run.inputs[position].task, job.run.inputs[position].attempt]
+                _missing(job.place(position))
                 for position, oid in job.coming.items()
                 if oid in asked and oid not in found
             ]
             if lost:
                 self._failed(job, Failure("lost-input", f"no copy is left of {len(lost)} of its inputs"), missing=lost)
         self._watch_inputs()
+
+
+def _key(place: ms.InputPlace) -> tuple[int, int, int]:
+    return place.task, place.attempt, place.index
+
+
+def _missing(place: ms.InputPlace) -> list[int]:
+    """Return what `Failed.missing` says of it."""
+    return [place.task, place.attempt, *([] if place.index < 0 else [place.index])]

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ from exoflow_hpc.rank.commits import Commits
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure, pack_caught
 from exoflow_hpc.rank.loop import Loop
-from exoflow_hpc.rank.naming import output_id
+from exoflow_hpc.rank.naming import output_id, reference_id
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.recording import Recorder
+from exoflow_hpc.rank.references import Key, Put, References
 from exoflow_hpc.rank.takeover import Found
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.scheduler import Scheduler
@@ -92,8 +93,17 @@ class Controller:
         self._lineage = Lineage(spec.tasks, facts.deviant)
         for one in survivors:
             self._lineage.adopt(one.task, one.attempt, one.stand)
+        self._references = References(facts.committed, spec.index)
         self._commits = Commits(
-            spec, facts, self._outputs, self._effects, self, self._epoch, self._lineage, self._add_bytes
+            spec,
+            facts,
+            self._outputs,
+            self._references,
+            self._effects,
+            self,
+            self._epoch,
+            self._lineage,
+            self._add_bytes,
         )
         self._scheduler = Scheduler(
             spec,
@@ -190,19 +200,35 @@ class Controller:
         self.send(rank, ms.Begin(self._epoch, *where, self._effects.lease, kept))
 
     def _find_lost_outputs(self) -> None:
-        """Ask which outputs still have a copy; the directory answers when every member of the view has reported."""
+        """Ask which outputs, and objects of theirs, still have a copy; the directory answers when every member of the view has reported."""
         ids = {
             self._id(task, out.attempt): (task, out.attempt) for task, out in self._outputs.items() if out.data is None
         }
-        if not ids:
+        puts = {self._id(*key): key for key in self._references.in_memory}
+        if not ids and not puts:
             return
-        found = self._store.located(list(ids))
-        lost = tuple(which for oid, which in ids.items() if oid not in found)
+        found = self._store.located([*ids, *puts])
+        lost = [which for oid, which in ids.items() if oid not in found]
+        lost += self._references.lost(key for oid, key in puts.items() if oid not in found)
         if lost:
             log.info("outputs lost with their ranks: %s", [self._spec.tasks[task].name for task, _ in lost])
-            for task, _ in lost:
-                self._outputs.pop(task, None)
-            self.tell(ev.ObjectsLost(lost))
+            self._lose(lost)
+
+    def _lose(self, outputs: Iterable[tuple[int, int]]) -> None:
+        """Outputs in memory are gone, or worth nothing without what they refer to."""
+        lost = tuple(dict.fromkeys(outputs))
+        for task, attempt in lost:
+            output = self._outputs.get(task)
+            if output is not None and output.attempt == attempt:
+                del self._outputs[task]
+        self.tell(ev.ObjectsLost(lost))
+        for which in lost:
+            self._free(which)
+
+    def _free(self, which: tuple[int, int]) -> None:
+        """Delete what only that output referred to."""
+        for key in self._references.gone(which):
+            self._store.delete(self._id(*key))
 
     def cancel(self) -> None:
         """Stop the workflow: CANCELED."""
@@ -230,8 +256,8 @@ class Controller:
                 self._commits.written(message)
             case ms.WriteFailed():
                 if self._commits.write_failed(message):
-                    self._outputs.pop(message.task, None)
-                    self.tell(ev.ObjectsLost(((message.task, message.attempt),)))
+                    which = (message.task, message.attempt)
+                    self._lose([which] if message.index < 0 else self._references.lost([(*which, message.index)]))
             case ms.Corrupt():
                 self._commits.damaged(message)
             case ms.Progress():
@@ -247,14 +273,36 @@ class Controller:
         known = self._outputs.get(task)
         meta = Meta.from_wire(message.meta)
         checksum = "" if message.data is None else serialize.checksum(meta, message.data)
-        if checksum and self._scheduler.is_current(task, message.attempt) and self._commits.deviates(task, checksum):
+        missing = self._note_references(rank, message) if message.refers else []
+        # what it refers to counts as well, and has no checksum yet
+        if (
+            checksum
+            and not message.refers
+            and self._scheduler.is_current(task, message.attempt)
+            and self._commits.deviates(task, checksum)
+        ):
             return
         output = Output(message.attempt, meta, message.data, rank, checksum)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         quick = message.seconds < _QUICK and not self._awaited
-        write_seconds = self._commits.writes.seconds(message.nbytes)
-        self.tell(ev.TaskFinished(task, message.attempt, rank, message.nbytes, message.seconds, write_seconds, quick))
+        nbytes = message.nbytes
+        if message.refers:  # as good as a large one: it can't be kept, or sent, by itself
+            nbytes = max(nbytes, records.INLINE_LIMIT + 1) + self._references.nbytes((task, message.attempt))
+        write_seconds = self._commits.writes.seconds(nbytes)
+        self.tell(ev.TaskFinished(task, message.attempt, rank, nbytes, message.seconds, write_seconds, quick))
+        if missing and self.outcome is None:
+            self._lose(self._references.lost(missing))
+
+    def _note_references(self, rank: int, message: ms.Finished) -> list[Key]:
+        """Take what an output refers to; return what of it is lost already."""
+        which = (message.task, message.attempt)
+        puts = {
+            (*which, index): Put(Meta.from_wire(meta).nbytes, rank, tuple((a, b, c) for a, b, c in refers))
+            for index, meta, refers in message.puts
+        }
+        self._references.made(which, [(a, b, c) for a, b, c in message.refers], puts)
+        return self._references.missing(which)
 
     def _failed(self, message: ms.Failed) -> None:
         failure = Failure.from_wire(message.error)
@@ -269,8 +317,16 @@ class Controller:
             lost = message.kind in ("rank-lost", "lost-input", "storage")
             self.tell(ev.RollbackFailed(message.task, message.attempt, failure, lost))
             return
-        missing = tuple((task, attempt) for task, attempt in message.missing)
-        self.tell(ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, missing))
+        missing = [(which[0], which[1]) for which in message.missing if len(which) == 2]
+        gone = self._references.lost((a, b, c) for a, b, *rest in message.missing for c in rest)
+        self.tell(
+            ev.TaskFailed(message.task, message.attempt, message.kind, failure, message.retryable, (*missing, *gone))
+        )
+        if gone:  # also if nobody waits for that attempt any more
+            self._lose(gone)
+        for which in missing:
+            if not self._scheduler.is_held(*which):
+                self._free(which)
 
     # -- instructions ----------------------------------------------------------------------------------------------------------
 
@@ -309,8 +365,11 @@ class Controller:
         places = [self._place(one) for one in what.inputs]
         made = ((place.task, place.attempt, place.task in self._commits.committed) for place in places)
         stand = self._lineage.dispatched(what.task, what.attempt, made)
+        references = self._references.places(
+            [(place, self._refers(one)) for place, one in zip(places, what.inputs, strict=True)]
+        )
         life = self._effects.incarnation(what.task)
-        message = ms.Run(self._epoch, what.task, what.attempt, life, False, plain(stand), places)
+        message = ms.Run(self._epoch, what.task, what.attempt, life, False, plain(stand), places, references)
         if self._spec.tasks[what.task].external:
             commits = self._commits
             inputs = [commits.kept(one.task) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
@@ -334,7 +393,14 @@ class Controller:
             return output.place(one.task)
         return place_of(one.task, self._commits.committed[one.task])
 
+    def _refers(self, one: ev.Input) -> Sequence[Key]:
+        """Return what an input refers to, in the order in which its bytes count that."""
+        if one.source == "memory":
+            return self._references.direct((one.task, one.attempt))
+        return [self._references.key(reference) for reference in self._commits.committed[one.task].references]
+
     def _release(self, what: ev.Release) -> None:
+        self._free((what.task, what.attempt))
         output = self._outputs.get(what.task)
         if output is not None and output.attempt == what.attempt:
             del self._outputs[what.task]
@@ -345,7 +411,7 @@ class Controller:
     def _begin_commit(self, task: int, attempt: int) -> None:
         output = self._outputs.get(task)
         if output is None or output.attempt != attempt:
-            self._loop.post(lambda: self.tell(ev.ObjectsLost(((task, attempt),))))
+            self._loop.post(lambda: self._lose([(task, attempt)]))
             return
         # the rank that has the bytes, or, if it is gone, any other: it gets them first
         self._commits.begin(task, attempt, output.rank if output.rank in self._agents else min(self._agents))
@@ -384,6 +450,10 @@ class Controller:
         """Whether an attempt is still meant to run on *rank*."""
         return self._running.get(which) == rank and self.outcome is None
 
+    def is_there(self, rank: int) -> bool:
+        """Whether a rank takes part."""
+        return rank in self._agents
+
     # -- the end -----------------------------------------------------------------------------------------------------------------
 
     def _finish(self, what: ev.Finish) -> None:
@@ -416,6 +486,8 @@ class Controller:
             for task, output in self._outputs.items():
                 if output.data is None:
                     self._store.delete(self._id(task, output.attempt))
+            for key in self._references.in_memory:
+                self._store.delete(self._id(*key))
             for task, attempt in self._running:  # what still comes of it is taken for late
                 self._store.delete(self._id(task, attempt))
 
@@ -424,8 +496,9 @@ class Controller:
         assert self.outcome is not None
         return ms.End(self._epoch, self.outcome.status, ms.pack_error(self.outcome.error))
 
-    def _id(self, task: int, attempt: int) -> ObjectID:
-        return output_id(self._run, self._spec.tasks[task].name, attempt)
+    def _id(self, task: int, attempt: int, index: int = -1) -> ObjectID:
+        output = output_id(self._run, self._spec.tasks[task].name, attempt)
+        return output if index < 0 else reference_id(self._run, output, index)
 
     def _add_bytes(self, nbytes: int) -> None:
         self._progress.add_bytes(nbytes)

@@ -45,6 +45,9 @@ class Driver(Protocol):
     def is_running(self, which: Which, rank: int) -> bool:
         """Whether an attempt is still meant to run on *rank*."""
 
+    def is_there(self, rank: int) -> bool:
+        """Whether a rank takes part."""
+
     def broken(self, error: ExoFlowError) -> None:
         """The epoch can't go on."""
 

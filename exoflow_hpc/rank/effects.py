@@ -13,6 +13,7 @@ from exoflow_hpc.journal import Journal
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.driver import Driver, Which
 from exoflow_hpc.rank.leases import GRACE, Leases, unfinished
+from exoflow_hpc.rank.references import kept_places
 from exoflow_hpc.spec import WorkflowSpec
 from hoplite_mpi.testing import fault
 
@@ -111,7 +112,7 @@ class Effects:
         which, name = (what.task, what.attempt), self._spec.tasks[what.task].name
         self._driver.say(f"what task {name} did is undone")
         self._rolling.add(which)
-        message = ms.Run(self._epoch, *which, self.incarnation(what.task), True, [], self._given(what.task))
+        message = ms.Run(self._epoch, *which, self.incarnation(what.task), True, [], *self._given(what.task))
 
         def durable() -> None:
             fault.point("controller.rollback_started")
@@ -121,16 +122,21 @@ class Effects:
         process = self._processes.get(what.rank, {})
         self._driver.append(records.RollbackStarted(name, what.attempt, process), durable)
 
-    def _given(self, task: int) -> list[ms.InputPlace]:
-        """Return what a rollback is given: what the task was given, and its output, if that is known."""
-        sources = zip(self._spec.tasks[task].data, self._starts[task].inputs, strict=True)
-        places = [
-            _kept(source, records.location_of(place), meta, checksum) for source, (place, meta, checksum) in sources
-        ]
+    def _given(self, task: int) -> tuple[list[ms.InputPlace], list[ms.InputPlace]]:
+        """Return what a rollback is given: what the task was given, and its output, if that is known; and what all that refers to."""
+        places: list[ms.InputPlace] = []
+        references: list[ms.InputPlace] = []
+        kept = [records.kept_input(wire) for wire in self._starts[task].inputs]
+        sources = [*self._spec.tasks[task].data]
         result = self._results.get(task)
         if result is not None:
-            places.append(_kept(task, result.location, result.meta, result.checksum))
-        return places
+            kept.append((result.location, result.meta, result.checksum, result.references))
+            sources.append(task)
+        for source, (where, meta, checksum, refers) in zip(sources, kept, strict=True):
+            first = len(references)
+            references += kept_places(refers, first, self._spec.index)
+            places.append(_kept(source, where, meta, checksum, list(range(first, len(references)))))
+        return places, references
 
     def is_rollback(self, which: Which) -> bool:
         """Whether that attempt is a rollback that is under way."""
@@ -198,7 +204,7 @@ class Effects:
         self._driver.after(seconds, lambda: self._driver.tell(ev.AttemptsOver(tuple(attempts))))
 
 
-def _kept(task: int, where: records.Location, meta: list[Any], checksum: str) -> ms.InputPlace:
+def _kept(task: int, where: records.Location, meta: list[Any], checksum: str, refers: list[int]) -> ms.InputPlace:
     if isinstance(where, records.Inline):
-        return ms.InputPlace(task, "inline", -1, meta, where.data)
-    return ms.InputPlace(task, "kept", -1, file=where.file, entry=where.entry, checksum=checksum)
+        return ms.InputPlace(task, "inline", -1, meta, where.data, refers=refers)
+    return ms.InputPlace(task, "kept", -1, file=where.file, entry=where.entry, checksum=checksum, refers=refers)

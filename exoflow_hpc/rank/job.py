@@ -22,7 +22,9 @@ class Job:
     task: TaskSpec
     #: id of its output
     output: ObjectID
-    #: position in `TaskSpec.data` → the input
+    #: `Begin.run`
+    run_name: str = ""
+    #: position → the input; positions are those of `places`
     inputs: dict[int, Input] = field(default_factory=dict)
     #: position → what keeps an input's bytes in place until the attempt is over
     values: dict[int, Any] = field(default_factory=dict)
@@ -33,3 +35,18 @@ class Job:
     submitted: float = 0.0
     canceled: bool = False
     over: bool = False
+
+    @property
+    def places(self) -> list[ms.InputPlace]:
+        """Where all is that it takes: its inputs, in the order of `TaskSpec.data`, and then what they refer to."""
+        return [*self.run.inputs, *self.run.references] if self.run.references else self.run.inputs
+
+    def place(self, position: int) -> ms.InputPlace:
+        """Return one of `places`."""
+        inputs = self.run.inputs
+        return inputs[position] if position < len(inputs) else self.run.references[position - len(inputs)]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is there."""
+        return len(self.inputs) == len(self.run.inputs) + len(self.run.references)

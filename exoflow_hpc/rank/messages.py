@@ -42,7 +42,7 @@ __all__ = [
 class InputPlace:
     """Where an input is: in ``"memory"`` (attempt), ``"inline"`` (meta, data) or a ``"checkpoint"`` (file, entry, checksum).
 
-    ``"kept"``: in a checkpoint too, but perhaps void by now: for a rollback only.
+    ``"kept"``: in a checkpoint too, but perhaps void by now: for a rollback only. So is what it refers to, which is never ``"inline"``.
     """
 
     task: int
@@ -53,6 +53,10 @@ class InputPlace:
     file: str = ""
     entry: str = ""
     checksum: str = ""
+    #: not an output, but the index-th object that the attempt has put; -1: an output
+    index: int = -1
+    #: what it refers to, in the order in which its bytes count them: positions in `Run.references`
+    refers: list[int] = dataclasses.field(default_factory=list)
 
 
 # -- controller to agent -----------------------------------------------------------------------------------------------------
@@ -104,6 +108,8 @@ class Run:
     #: its lineage (`succession.Lineage`): [task, attempt, committed] each; None: not known
     stand: list[Any] | None
     inputs: list[InputPlace]
+    #: all that they refer to, directly or not
+    references: list[InputPlace] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +123,12 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Write an output to a checkpoint; answered by `Written` or `WriteFailed`."""
+    """Write an output to a checkpoint; answered by `Written` or `WriteFailed`. index: as in `InputPlace`."""
 
     epoch: int
     task: int
     attempt: int
+    index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +191,10 @@ class Finished:
     nbytes: int
     data: bytes | None
     seconds: float
+    #: [task, attempt, index] of what it refers to, in the order in which its bytes count them
+    refers: list[list[int]] = dataclasses.field(default_factory=list)
+    #: [index, meta, what it refers to itself] of each object that the attempt has put and that the output leads to
+    puts: list[list[Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +207,7 @@ class Failed:
     kind: str
     error: list[Any]
     retryable: bool
-    #: (task, attempt) of inputs that can't be had
+    #: [task, attempt] of inputs that can't be had, or [task, attempt, index] of what they refer to
     missing: list[list[int]]
 
 
@@ -212,6 +223,8 @@ class Written:
     checksum: str
     nbytes: int
     meta: list[Any]
+    #: as in `Write`
+    index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +237,8 @@ class WriteFailed:
     text: str
     errno: int
     lost: bool
+    #: as in `Write`
+    index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +254,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Corrupt:
-    """The committed output of *attempt* is not what was written (R11): *text* names the file."""
+    """The committed output of *attempt*, or an object that it has put, is not what was written (R11): *text* names the file."""
 
     epoch: int
     task: int
     attempt: int
     text: str
+    #: as in `InputPlace`
+    index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +297,9 @@ def encode(message: Message) -> bytes:
     kind = type(message)
     values = [getattr(message, name) for name in _FIELDS[kind]]
     if kind is Run:
-        values[-1] = [[getattr(place, name) for name in _FIELDS[InputPlace]] for place in values[-1]]
+        values[-2:] = [
+            [[getattr(one, name) for name in _FIELDS[InputPlace]] for one in places] for places in values[-2:]
+        ]
     packed: bytes = msgpack.packb([_NUMBERS[kind], *values])
     return packed
 
@@ -290,6 +309,6 @@ def decode(data: bytes) -> Message:
     number, *values = msgpack.unpackb(data)
     kind = _KINDS[number]
     if kind is Run:
-        values[-1] = [InputPlace(*place) for place in values[-1]]
+        values[-2:] = [[InputPlace(*one) for one in places] for places in values[-2:]]
     message: Message = kind(*values)
     return message

@@ -31,7 +31,7 @@ class Saver:
         self._reply = reply
 
     def write(self, message: ms.Write, oid: ObjectID, workflow_dir: str, name: str) -> None:
-        """Write output *oid* of task *name*; answered by `Written` or `WriteFailed`."""
+        """Write output *oid* of task *name*, or what it has put; answered by `Written` or `WriteFailed`."""
         future = self._store.get_async(oid)
         future.add_done_callback(
             lambda _: self._loop.post(lambda: self._write_value(message, oid, workflow_dir, name, future))
@@ -40,7 +40,11 @@ class Saver:
     def _write_value(self, message: ms.Write, oid: ObjectID, workflow_dir: str, name: str, future: Any) -> None:
         ready = None if future.cancelled() or future.exception() is not None else self._store.local(oid)
         if ready is None:
-            self._reply(ms.WriteFailed(message.epoch, message.task, message.attempt, "its bytes are gone", 0, True))
+            self._reply(
+                ms.WriteFailed(
+                    message.epoch, message.task, message.attempt, "its bytes are gone", 0, True, message.index
+                )
+            )
             return
         # held until the writer is done with the bytes
         value = future.result()
@@ -49,7 +53,8 @@ class Saver:
             source = ready.inline
         else:
             source = checkpoint.FileSource(*self._store.arena_file(oid, ready.version), ready.meta.nbytes)
-        request = checkpoint.WriteRequest(workflow_dir, message.epoch, name, name, ready.meta, source)
+        entry = name if message.index < 0 else f"{name}.put{message.index}"
+        request = checkpoint.WriteRequest(workflow_dir, message.epoch, name, entry, ready.meta, source)
 
         def written(_: checkpoint.WriteRequest, outcome: checkpoint.Written | ExoFlowError) -> None:
             self._loop.post(lambda: self._written(message, ready.meta, outcome, value))
@@ -63,7 +68,9 @@ class Saver:
         del value  # its bytes were needed until now
         if isinstance(outcome, ExoFlowError):
             number = outcome.errno or 0 if isinstance(outcome, StorageError) else 0
-            self._reply(ms.WriteFailed(message.epoch, message.task, message.attempt, str(outcome), number, False))
+            self._reply(
+                ms.WriteFailed(message.epoch, message.task, message.attempt, str(outcome), number, False, message.index)
+            )
             return
         fault.point("agent.written")
         self._reply(
@@ -76,5 +83,6 @@ class Saver:
                 outcome.checksum,
                 outcome.nbytes,
                 meta.to_wire(),
+                message.index,
             )
         )

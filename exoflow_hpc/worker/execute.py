@@ -15,10 +15,12 @@ from hoplite_mpi.meta import Meta
 
 from ..context import TaskContext, activate
 from ..payload import load_arguments, load_function, load_value
+from ..references import collecting
 from ..serialize import pack, unpack
 from .failure import describe
 from .memory import Used, describe_size, is_shortage, limited
 from .protocol import InlineInput, Input, TaskDone, TaskFailed, TaskRequest
+from .values import LostObject, Values
 
 __all__ = ["Executor", "flush_output"]
 
@@ -63,6 +65,7 @@ class Executor:
         context = TaskContext(
             identity.workflow_id, identity.task_id, identity.incarnation, identity.attempt, identity.epoch, report
         )
+        objects = context.objects = Values(request, self._attached)
         used = None if request.memory is None else Used()
         try:
             with limited(used, request.memory) if used is not None else _UNLIMITED:
@@ -71,7 +74,7 @@ class Executor:
                 values: dict[int, Any] = {}
                 stage = "inputs"
                 for index, one in request.inputs.items():
-                    values[index] = self._input(index, one)
+                    values[index] = self._input(objects, index, one)
                 stage = "load"
                 args, kwargs = load_arguments(
                     request.args, lambda index: _known(values, index), lambda key: load_value(_known(self._blobs, key))
@@ -86,7 +89,7 @@ class Executor:
                 self._end_if_forked()
                 seconds = time.perf_counter() - began
                 stage = "output"
-                return self._output(request, (value, None) if request.catch else value, seconds)
+                return self._output(request, objects, (value, None) if request.catch else value, seconds)
         except _LostInput as error:
             return describe(error, "inputs", lost_inputs=(error.task,))
         except BaseException as error:  # sys.exit() and KeyboardInterrupt of a task fail it, not the worker
@@ -96,7 +99,11 @@ class Executor:
             note = ""
             if used is not None and request.memory is not None and is_shortage(error):
                 note = f"limit memory={describe_size(request.memory)}, allocated {describe_size(used.allocated)}"
+            with contextlib.suppress(Exception):  # the first error is the one to report; the rank removes what is left
+                objects.keep(())
             return describe(error, stage, retryable=self._is_retryable(request, error), seconds=seconds, note=note)
+        finally:
+            objects.close()
 
     def rest(self) -> None:
         """Give back what finished tasks have left mapped; for the time after the reply."""
@@ -134,20 +141,22 @@ class Executor:
         except Exception:  # types that can't be loaded here match nothing; the error itself is reported
             return False
 
-    def _input(self, index: int, one: Input) -> Any:
-        if isinstance(one, InlineInput):
+    def _input(self, objects: Values, index: int, one: Input) -> Any:
+        if isinstance(one, InlineInput) and not one.refers:
             return unpack(one.meta, one.data)
-        pinned = self._attached().map(one.oid, one.version)
-        if pinned is None:
-            what = f"object {one.oid.hex()} version {one.version}, output of task {index},"
-            raise _LostInput(index, f"{what} is not in the arena")
-        return unpack(pinned.meta, pinned.buffer)
+        try:
+            return objects.unpack(one, f"output of task {index}")
+        except LostObject as error:
+            raise _LostInput(index, str(error)) from None
 
-    def _output(self, request: TaskRequest, value: Any, seconds: float) -> TaskDone:
-        plan = pack(value)
+    def _output(self, request: TaskRequest, objects: Values, value: Any, seconds: float) -> TaskDone:
+        with collecting(objects) as found:
+            plan = pack(value)
         meta: Meta = plan.meta
+        # before the output is there: what is gone by then is not referred to
+        references = (found.keys, objects.keep(found.keys))
         if plan.nbytes <= request.inline_limit or self._address is None:
-            return TaskDone(meta, plan.nbytes, plan.to_bytes(), seconds)
+            return TaskDone(meta, plan.nbytes, plan.to_bytes(), seconds, *references)
         region = self._attached().allocate(request.output, meta)
         try:
             plan.write_into(memoryview(region.data))
@@ -155,7 +164,7 @@ class Executor:
         except BaseException:
             region.abandon()
             raise
-        return TaskDone(meta, plan.nbytes, None, seconds)
+        return TaskDone(meta, plan.nbytes, None, seconds, *references)
 
     def _attached(self) -> Any:
         self._used_arena = True

@@ -15,9 +15,11 @@ __all__ = [
     "LETTER_LIMIT",
     "ArenaInput",
     "Began",
+    "Given",
     "InlineInput",
     "Input",
     "Progress",
+    "Put",
     "Reply",
     "TaskCancelled",
     "TaskCrashed",
@@ -40,6 +42,8 @@ class InlineInput:
 
     meta: Meta
     data: bytes
+    #: what it refers to, in the order in which its bytes count them: positions in `TaskRequest.references`
+    refers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,31 @@ class ArenaInput:
 
     oid: ObjectID
     version: int = 0
+    #: as in `InlineInput`
+    refers: tuple[int, ...] = ()
 
 
 Input = InlineInput | ArenaInput
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An object that some input refers to, directly or not: the *index*-th that an attempt of a task has put."""
+
+    task: str
+    attempt: int
+    index: int
+    input: Input
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """An object that the task has put: sealed in the arena under `naming.reference_id`, whatever its size."""
+
+    index: int
+    meta: Meta
+    #: (task, attempt, index) of what it refers to, in the order in which its bytes count them
+    refers: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +131,10 @@ class TaskRequest:
     memory: int | None = None
     #: the output is (value, None): what is caught is made by the controller as (None, error)
     catch: bool = False
+    #: name of the run, part of the ids of what is put
+    run: str = ""
+    #: all that the inputs refer to
+    references: tuple[Given, ...] = ()
 
     def to_wire(self, leave_out: Container[str] = ()) -> list[Any]:
         """Return the msgpack-able form, without the blobs *leave_out*, which the worker has already."""
@@ -123,12 +153,15 @@ class TaskRequest:
             self.timeout,
             self.memory,
             self.catch,
+            self.run,
+            [[one.task, one.attempt, one.index, _input_to_wire(one.input)] for one in self.references],
         ]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> TaskRequest:
         """Inverse of `to_wire`."""
         identity, function, args, blobs, inputs, output, retry, inline_limit, sys_path, *rest = wire
+        given = tuple(Given(task, attempt, index, _input_from_wire(one)) for task, attempt, index, one in rest.pop())
         return cls(
             TaskIdentity.from_wire(identity),
             function,
@@ -139,20 +172,20 @@ class TaskRequest:
             retry,
             inline_limit,
             tuple(sys_path),
-            *rest,
+            *[*rest, given],
         )
 
 
 def _input_to_wire(one: Input) -> list[Any]:
     if isinstance(one, InlineInput):
-        return [0, one.meta.to_wire(), one.data]
-    return [1, bytes(one.oid), one.version]
+        return [0, one.meta.to_wire(), one.data, one.refers]
+    return [1, bytes(one.oid), one.version, one.refers]
 
 
 def _input_from_wire(wire: list[Any]) -> Input:
     if wire[0] == 0:
-        return InlineInput(Meta.from_wire(wire[1]), wire[2])
-    return ArenaInput(ObjectID(wire[1]), wire[2])
+        return InlineInput(Meta.from_wire(wire[1]), wire[2], tuple(wire[3]))
+    return ArenaInput(ObjectID(wire[1]), wire[2], tuple(wire[3]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +212,10 @@ class TaskDone:
     inline: bytes | None
     #: seconds that the user's function took
     seconds: float = 0.0
+    #: (task, attempt, index) of what it refers to, in the order in which its bytes count them
+    refers: tuple[tuple[str, int, int], ...] = ()
+    #: those of them, or of what they refer to, that the task has put itself
+    puts: tuple[Put, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +300,10 @@ class Reply:
         if body is None:
             return [0, self.seq]
         if isinstance(body, TaskDone):
-            return [1, self.seq, self.last, body.meta.to_wire(), body.nbytes, body.inline, body.seconds]
+            wire = [1, self.seq, self.last, body.meta.to_wire(), body.nbytes, body.inline, body.seconds]
+            if body.refers:
+                wire += [body.refers, [[one.index, one.meta.to_wire(), one.refers] for one in body.puts]]
+            return wire
         if isinstance(body, TaskFailed):
             names = list(body.type_names)
             tail = [body.pickled, body.retryable, list(body.lost_inputs), body.seconds]
@@ -275,8 +315,8 @@ class Reply:
     @classmethod
     def from_wire(cls, wire: list[Any]) -> Reply:
         if wire[0] == 1:
-            _, seq, last, meta, nbytes, inline, seconds = wire
-            return cls(seq, TaskDone(Meta.from_wire(meta), nbytes, inline, seconds), last)
+            _, seq, last, meta, nbytes, inline, seconds, *more = wire
+            return cls(seq, TaskDone(Meta.from_wire(meta), nbytes, inline, seconds, *_references(more)), last)
         kind, seq, *rest = wire
         if kind == 0:
             return cls(seq)
@@ -289,3 +329,14 @@ class Reply:
         if kind == 4:
             return cls(seq, Began(*rest))
         raise ValueError(f"unknown kind of reply {kind!r}")
+
+
+def _references(wire: list[Any]) -> tuple[tuple[tuple[str, int, int], ...], tuple[Put, ...]]:
+    if not wire:
+        return (), ()
+    refers, puts = wire
+    return _keys(refers), tuple(Put(index, Meta.from_wire(meta), _keys(inner)) for index, meta, inner in puts)
+
+
+def _keys(wire: list[Any]) -> tuple[tuple[str, int, int], ...]:
+    return tuple((task, attempt, index) for task, attempt, index in wire)

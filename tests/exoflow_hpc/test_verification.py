@@ -118,7 +118,7 @@ def test_output_freed_while_it_is_looked_at(stored: Stored, monkeypatch: pytest.
     """The journal was read before the output was voided and its file freed: that is no damage."""
     from exoflow_hpc import history
 
-    true = history.check_output
+    true = history.check_bytes
 
     def check(directory: Path, record: records.TaskCommitted) -> None:
         if record.task_id == "a":
@@ -127,7 +127,7 @@ def test_output_freed_while_it_is_looked_at(stored: Stored, monkeypatch: pytest.
             (stored.checkpoints / "00000001-0.0-000000001.h5").unlink()
         true(directory, record)
 
-    monkeypatch.setattr(history, "check_output", check)
+    monkeypatch.setattr(history, "check_bytes", check)
     assert findings(stored) == []
 
 

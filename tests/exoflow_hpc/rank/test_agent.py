@@ -14,8 +14,9 @@ from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.errors import StorageError
 from exoflow_hpc.rank import agent as agent_module
 from exoflow_hpc.rank import messages as ms
-from exoflow_hpc.rank.agent import Agent, output_id
+from exoflow_hpc.rank.agent import Agent
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.naming import output_id
 from exoflow_hpc.storage import Storage
 from exoflow_hpc.worker.protocol import TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskResult
 from hoplite_mpi.errors import StoreFullError
@@ -37,6 +38,10 @@ class Harness:
 
     def __init__(self, directory: Path) -> None:
         self.store, self.arena, self.pool = Mock(closed=False, inline_limit=65536), Mock(), Mock()
+        #: what is sealed on the node, besides outputs
+        self.sealed: set[Any] = set()
+        self.arena.delete.side_effect = lambda oid: oid in self.sealed and not self.sealed.remove(oid)
+        self.arena.objects.side_effect = lambda: [Mock(oid=oid) for oid in self.sealed]
         self.loop = Loop()
         self.agent = Agent(self.store, self.arena, self.pool, 2, Mock(), self.loop)
         self.said: list[ms.Message] = []
@@ -105,7 +110,7 @@ def test_sealed_output_of_a_failed_attempt_is_deleted(harness: Harness, result: 
     (said,) = harness.ends(result)
     assert isinstance(said, ms.Failed)
     assert said.kind == kind
-    harness.arena.delete.assert_called_once_with(OUTPUT)
+    harness.arena.delete.assert_any_call(OUTPUT)
 
 
 def test_no_room_to_keep_an_output(harness: Harness) -> None:
@@ -114,7 +119,7 @@ def test_no_room_to_keep_an_output(harness: Harness) -> None:
     (said,) = harness.ends(TaskDone(BIG, 1 << 20, None))
     assert isinstance(said, ms.Failed)
     assert "/dev/shm is full" in said.error[1]
-    harness.arena.delete.assert_called_once_with(OUTPUT)
+    harness.arena.delete.assert_any_call(OUTPUT)
 
 
 def test_newer_epoch_stops_what_runs(harness: Harness) -> None:
@@ -123,7 +128,7 @@ def test_newer_epoch_stops_what_runs(harness: Harness) -> None:
     harness.begin(2)
     harness.pool.cancel.assert_called_once_with(handle)
     assert harness.ends(TaskDone(BIG, 1 << 20, None)) == []
-    harness.arena.delete.assert_called_once_with(OUTPUT)
+    harness.arena.delete.assert_any_call(OUTPUT)
     harness.arena.adopt.assert_not_called()
 
 

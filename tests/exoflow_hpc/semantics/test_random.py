@@ -43,7 +43,7 @@ def random_spec(rng: random.Random, count: int) -> WorkflowSpec:
 
 def hit(world: World, rng: random.Random) -> None:
     """Let something fail."""
-    fault = rng.randrange(6)
+    fault = rng.randrange(7)
     if fault == 0:
         world.crash(ghosts=rng.random() < 0.5)
     elif fault == 1 and world.live:
@@ -58,13 +58,24 @@ def hit(world: World, rng: random.Random) -> None:
         world.lease_over()
     elif fault == 5 and world.live:
         world.lose_controller(rng.choice(list(world.live)), rng.random() < 0.5, lambda: rng.random() < 0.5)
+    elif fault == 6 and world.objects:
+        world.lose_value(rng.choice(sorted(world.objects)), noticed=rng.random() < 0.5)
+
+
+def make_world(rng: random.Random, count: int, ranks: int) -> World:
+    """Return a world in which some tasks put objects, nested ones, and some hand on what they were given."""
+    spec = random_spec(rng, count)
+    large = rng.sample(range(count), count // 2)
+    puts = {task: rng.choice([1, 1, 2, 3]) for task in range(count) if rng.random() < 0.4}
+    passing = [task for task in range(count) if rng.random() < 0.5]
+    return World(spec, rng.choice, ranks=ranks, slots=2, large=large, puts=puts, passing=passing)
 
 
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 10), faults=st.integers(0, 6))
 @settings(max_examples=600, deadline=None)
 def test_whatever_fails_the_end_is_the_same(seed: int, count: int, faults: int) -> None:
     rng = random.Random(seed)
-    world = World(random_spec(rng, count), rng.choice, ranks=3, slots=2, large=rng.sample(range(count), count // 2))
+    world = make_world(rng, count, ranks=3)
     steps = 0
     while world.finish is None:
         dead = [rank for rank in range(world.ranks) if rank not in world.live]
@@ -84,7 +95,7 @@ def test_whatever_fails_the_end_is_the_same(seed: int, count: int, faults: int) 
 @settings(max_examples=300, deadline=None)
 def test_after_a_crash_exactly_the_recovery_set_runs(seed: int, count: int, steps: int) -> None:
     rng = random.Random(seed)
-    world = World(random_spec(rng, count), rng.choice, ranks=2, slots=2, large=rng.sample(range(count), count // 2))
+    world = make_world(rng, count, ranks=2)
     for _ in range(steps):
         if world.finish is None:
             world.step()

@@ -6,10 +6,13 @@ The values of tasks that vary are never the same twice, so whoever sees two of o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from exoflow_hpc import records
+from exoflow_hpc.rank.messages import InputPlace
+from exoflow_hpc.rank.references import Key, Put, References
 from exoflow_hpc.scheduler import Scheduler
 from exoflow_hpc.scheduler_events import (
     AttemptsOver,
@@ -42,8 +45,10 @@ from exoflow_hpc.task_table import Held
 
 __all__ = ["Facts", "World", "make_spec", "recovery_set"]
 
-#: what a task made: its index, which of its values it is (0 if it always makes the same), and what went in
+#: what a task made: its index, which of its values it is (0 if it always makes the same), and what went in, by value or by reference
 Value = tuple[int, int, tuple[Any, ...]]
+#: a commit that is under way: task, attempt, value, and all that it refers to
+Commitment = tuple[int, int, Value, tuple[Key, ...]]
 SETTINGS = Settings(max_rank_losses=10**6, max_commit_retries=10**6, retry_backoff=0)
 
 
@@ -87,6 +92,10 @@ class Facts:
     outside: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
     #: how many values of tasks that vary there have been
     nonce: int = 0
+    #: task → what its committed output refers to, all of it durable
+    references: dict[int, list[records.Reference]] = field(default_factory=dict)
+    #: what is behind an object that was put: the value of the attempt that did
+    contents: dict[Key, Value] = field(default_factory=dict)
 
     def copy(self) -> Facts:
         return Facts(
@@ -100,6 +109,8 @@ class Facts:
             dict(self.attempts),
             dict(self.outside),
             self.nonce,
+            dict(self.references),
+            dict(self.contents),
         )
 
     def key(self) -> Any:
@@ -129,13 +140,16 @@ class Attempt:
     rollback: bool = False
     #: its rank is lost, but it may go on
     ghost: bool = False
+    #: what it was given by reference, directly
+    given: tuple[Key, ...] = ()
 
 
 class World:
     """One workflow, from epoch to epoch.
 
     choose: returns one of the actions it is given; facts: what there is already; ranks: number of ranks, slots of each; large:
-    tasks whose outputs are.
+    tasks whose outputs are; puts: task → how many objects it puts, of which each refers to the one before, and the first to what
+    the task was given; passing: tasks that return all references that they were given. All that is given is read.
     """
 
     def __init__(
@@ -146,6 +160,8 @@ class World:
         ranks: int = 1,
         slots: int = 4,
         large: Collection[int] = (),
+        puts: Mapping[int, int] | None = None,
+        passing: Collection[int] = (),
     ) -> None:
         self.spec = spec
         self.choose = choose
@@ -153,6 +169,8 @@ class World:
         self.ranks = ranks
         self.slots = slots
         self.large = large
+        self.puts = puts or {}
+        self.passing = passing
         self.incarnations = [0] * ranks
         #: what may still be at work after a crash
         self.ghosts: list[Attempt] = []
@@ -176,7 +194,14 @@ class World:
         """Make a controller; held, running, era: what it finds."""
         facts = self.facts
         self.epoch += 1
-        self.commits: list[tuple[int, int, Value]] = []
+        #: objects in memory → their rank
+        self.objects: dict[Key, int] = {}
+        #: those that are gone, and nobody has noticed
+        self.unnoticed: set[Key] = set()
+        self.references = References(
+            {task: self.record(task) for task in facts.committed}, lambda name: int(name.removeprefix("t"))
+        )
+        self.commits: list[Commitment] = []
         self.voiding: list[int] = []
         #: rollbacks that have ended, and whose records are on their way
         self.recording: list[Attempt] = []
@@ -209,11 +234,9 @@ class World:
         for task in self.voiding:
             if gets_through():
                 facts.committed.pop(task, None)
-        for task, attempt, value in self.commits:
-            if task not in self.voiding and gets_through():
-                facts.committed.setdefault(task, (attempt, value))
-                facts.stands.setdefault(task, self.stands.get((task, attempt), frozenset()))
-                facts.owed.discard(task)
+        for commit in self.commits:
+            if commit[0] not in self.voiding and not self.references.to_write(commit[3]) and gets_through():
+                self.record_commit(commit)
         for run in self.recording:
             if gets_through():
                 self.record_rollback(run)
@@ -225,6 +248,13 @@ class World:
             if (self.spec.tasks[run.task].external or run.rollback) and (ghosts or run.rank != rank):
                 run.ghost = True
                 self.ghosts.append(run)
+        # what refers to objects is not taken over
+        for which in self.memory:
+            if self.references.all_of(which):
+                self.stands[which] = None
+        for run in self.running:
+            if run.given:
+                self.stands[run.task, run.attempt] = None
         survivors = [
             Survivor(task, attempt, where, False, self.stands[task, attempt])
             for (task, attempt), (where, _) in self.memory.items()
@@ -267,6 +297,11 @@ class World:
             self.lineage.adopt(task, one.attempt, one.stand)
         self.tell(Start())
 
+    def record(self, task: int) -> records.TaskCommitted:
+        references = self.facts.references.get(task, [])
+        attempt = self.facts.committed[task][0]
+        return records.TaskCommitted(f"t{task}", attempt, 0, records.Inline(b""), "", 0, [], [], references)
+
     def join(self, rank: int) -> None:
         self.incarnations[rank] += 1
         self.live[rank] = self.incarnations[rank]
@@ -283,7 +318,8 @@ class World:
             self.dispatch(what)
         elif isinstance(what, Commit):
             if (what.task, what.attempt) in self.memory:
-                self.commits.append((what.task, what.attempt, self.memory[what.task, what.attempt][1]))
+                keys = self.references.all_of((what.task, what.attempt))
+                self.commits.append((what.task, what.attempt, self.memory[what.task, what.attempt][1], keys))
             else:
                 assert self.comes_as_lost(what.task, what.attempt)
         elif isinstance(what, Void):
@@ -292,7 +328,7 @@ class World:
         elif isinstance(what, Rollback):
             self.roll_back(what)
         elif isinstance(what, Release):
-            self.memory.pop((what.task, what.attempt), None)
+            self.forget((what.task, what.attempt))
         elif isinstance(what, CancelAttempt):
             for run in self.running:
                 if (run.task, run.attempt) == (what.task, what.attempt):
@@ -332,6 +368,7 @@ class World:
         run = Attempt(
             order.task, order.attempt, order.rank, self.live[order.rank], order, self.read(order.inputs), life
         )
+        run.given = self.given(order.inputs)
         self.running.append(run)
 
     def roll_back(self, order: Rollback) -> None:
@@ -360,7 +397,67 @@ class World:
             else:
                 assert self.comes_as_lost(one.task, one.attempt)
                 return None
-        return tuple(values)
+        keys, missing = self.leads_to(inputs)
+        for key in missing:
+            holders = [(i.task, i.attempt) for i in inputs if key in self.references.all_of((i.task, i.attempt))]
+            assert key in self.unnoticed or any(self.comes_as_lost(*which) for which in holders)
+        behind = {self.facts.contents[key] for key in keys}
+        return None if missing else (*values, *sorted(behind))
+
+    # ------------------------------------------------------------------------------------------------------ references
+    def given(self, inputs: Any) -> tuple[Key, ...]:
+        """Return what inputs refer to directly, as the controller tells agents."""
+        found: dict[Key, None] = {}
+        for one in inputs:
+            if one.source == "memory":
+                found.update(dict.fromkeys(self.references.direct((one.task, one.attempt))))
+            else:
+                stored = self.facts.references.get(one.task, [])
+                found.update(dict.fromkeys(self.references.key(reference) for reference in stored))
+        return tuple(found)
+
+    def leads_to(self, inputs: Any) -> tuple[list[Key], list[Key]]:
+        """Return all that inputs refer to, and what of it is not where it is said to be."""
+        places = self.references.places([(InputPlace(0, "memory"), self.given(inputs))])
+        keys = [(place.task, place.attempt, place.index) for place in places]
+        memory = [key for key, place in zip(keys, places, strict=True) if place.kind == "memory"]
+        return keys, [key for key in memory if key not in self.objects]
+
+    def make_references(self, run: Attempt, value: Value) -> None:
+        """Have an attempt put its objects, and return references to them, and perhaps to what it was given."""
+        which, before, puts = (run.task, run.attempt), run.given, {}
+        for index in range(self.puts.get(run.task, 0)):
+            key = (*which, index)
+            puts[key] = Put(1, run.rank, before)
+            self.objects[key] = run.rank
+            self.facts.contents[key] = value
+            before = (key,)
+        direct = (*puts, *(run.given if run.task in self.passing else ()))
+        # what nothing refers to is dropped: each object but the last is referred to by the next one
+        self.references.made(which, direct, puts)
+
+    def forget(self, which: tuple[int, int]) -> None:
+        """An output is not in memory any more, nor what only it referred to."""
+        self.memory.pop(which, None)
+        for key in self.references.gone(which):
+            self.objects.pop(key, None)
+
+    def write(self, key: Key) -> None:
+        """The bytes of an object become durable, or are found to be gone."""
+        if key in self.objects:
+            place = records.InCheckpoint("f", "e")
+            assert self.references.written(key, f"t{key[0]}", place, "", 1, [])
+        else:
+            self.undelivered.append(ObjectsLost(tuple(self.references.lost([key]))))
+            self.unnoticed.discard(key)
+
+    def lose_value(self, key: Key, noticed: bool) -> None:
+        """The only copy of an object is gone."""
+        del self.objects[key]
+        if noticed:
+            self.undelivered.append(ObjectsLost(tuple(self.references.lost([key]))))
+        else:
+            self.unnoticed.add(key)
 
     # --------------------------------------------------------------------------------------------------- what happens
     def actions(self) -> list[Callable[[], None]]:
@@ -373,7 +470,11 @@ class World:
             if not run.ghost and (run.acted or not external or run.canceled):
                 found.append(lambda run=run: self.end(run))
         for commit in self.commits:
-            if commit[0] not in self.voiding:  # the journal keeps their order
+            unwritten = self.references.to_write(commit[3])
+            for key in unwritten:
+                if key in self.objects or key in self.unnoticed:
+                    found.append(lambda key=key: self.write(key))
+            if commit[0] not in self.voiding and not unwritten:  # the journal keeps their order
                 found.append(lambda commit=commit: self.end_commit(commit))
         for run in self.recording:
             found.append(lambda run=run: self.end_record(run))
@@ -405,7 +506,9 @@ class World:
             return  # it will find out that its inputs are lost
         known = self.facts.outside.get(key)
         if self.spec.tasks[run.task].idempotent:
-            assert known in (None, run.values), f"t{run.task} acts twice, and not in the same way"
+            assert known in (None, run.values), (
+                f"t{run.task} acts twice, and not in the same way: {known}, {run.values}"
+            )
         else:
             assert known is None, f"t{run.task} acts twice"
         self.facts.outside[key] = run.values
@@ -427,15 +530,29 @@ class World:
                 for i in run.order.inputs
                 if i.source == "memory" and (i.task, i.attempt) not in self.memory
             )
-            self.tell(TaskFailed(run.task, run.attempt, "lost-input", missing=gone))
+            _, keys = self.leads_to(run.order.inputs)
+            self.unnoticed.difference_update(keys)
+            lost = tuple(self.references.lost(keys))
+            self.tell(TaskFailed(run.task, run.attempt, "lost-input", missing=(*gone, *lost)))
+            if lost and self.finish is None:  # also if nobody waits for that attempt any more
+                self.lose(lost)
+            for which in gone:
+                if not self.scheduler.is_held(*which):
+                    self.forget(which)
             return
         nonce = 0
         if not self.spec.tasks[run.task].deterministic:
             self.facts.nonce += 1
             nonce = self.facts.nonce
-        self.memory[run.task, run.attempt] = (run.rank, (run.task, nonce, run.values))
+        value = (run.task, nonce, run.values)
+        self.memory[run.task, run.attempt] = (run.rank, value)
+        self.make_references(run, value)
         # a large output of a task with "auto" that took no time is not worth a write that does
-        nbytes = 1 << 20 if run.task in self.large else 1
+        refers = self.references.all_of((run.task, run.attempt))
+        nbytes = 1 << 20 if run.task in self.large or refers else 1
+        missing = self.references.missing((run.task, run.attempt))
+        if missing:
+            self.undelivered.append(ObjectsLost(tuple(self.references.lost(missing))))
         self.tell(TaskFinished(run.task, run.attempt, run.rank, nbytes, 0.0, float(run.attempt % 2)))
 
     def end_record(self, run: Attempt) -> None:
@@ -451,23 +568,36 @@ class World:
         self.facts.undoing.discard(run.task)
         del self.facts.effects[run.task]
 
-    def end_commit(self, commit: tuple[int, int, Value]) -> None:
+    def end_commit(self, commit: Commitment) -> None:
         self.commits.remove(commit)
-        task, attempt, value = commit
+        self.record_commit(commit)
+        self.tell(TaskCommitted(*commit[:2]))
+
+    def record_commit(self, commit: Commitment) -> None:
+        task, attempt, value, keys = commit
         if task not in self.facts.committed:
             self.facts.committed[task] = (attempt, value)
+            self.facts.references[task] = self.references.table(keys)
             self.facts.stands[task] = self.stands[task, attempt]
         self.facts.owed.discard(task)
-        self.tell(TaskCommitted(task, attempt))
 
     def end_void(self, task: int) -> None:
         self.voiding.remove(task)
         self.facts.committed.pop(task, None)
+        self.facts.references.pop(task, None)
         self.tell(Voided(task))
 
     def deliver(self, event: Event) -> None:
         self.undelivered.remove(event)
-        self.tell(event)
+        if isinstance(event, ObjectsLost):
+            self.lose(event.outputs)
+        else:
+            self.tell(event)
+
+    def lose(self, outputs: tuple[tuple[int, int], ...]) -> None:
+        self.tell(ObjectsLost(outputs))
+        for which in outputs:
+            self.forget(which)
 
     def lease_over(self) -> None:
         """Whoever may still have been at work is not any more."""
@@ -482,6 +612,10 @@ class World:
         incarnation = self.live.pop(rank)
         lost = tuple(key for key, (where, _) in self.memory.items() if where == rank)
         self.memory = {key: kept for key, kept in self.memory.items() if kept[0] != rank}
+        keys = [key for key, where in self.objects.items() if where == rank]
+        for key in keys:
+            del self.objects[key]
+        lost = tuple(dict.fromkeys((*lost, *self.references.lost(keys))))
         self.commits = [commit for commit in self.commits if late or commit[:2] not in lost]
         there = [run for run in self.running if run.rank == rank and not run.ghost]
         self.running = [run for run in self.running if run not in there]
@@ -500,7 +634,7 @@ class World:
         else:
             self.tell(TaskFailed(run.task, run.attempt, "crash"))
 
-    def fail_commit(self, commit: tuple[int, int, Value]) -> None:
+    def fail_commit(self, commit: Commitment) -> None:
         self.commits.remove(commit)
         self.tell(CommitFailed(commit[0], commit[1]))
 
