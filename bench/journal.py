@@ -31,6 +31,7 @@ def raw(path: Path, count: int, payload: bytes, preallocate: bool) -> float:
 def journal(directory: Path, count: int, payload: bytes, together: int) -> float:
     """Return acknowledged records per second, *together* of them appended at a time."""
     (directory / "journal").mkdir(parents=True)
+    (directory / "FENCE").touch()
     opened, _ = Journal.open(directory)
     start = time.perf_counter()
     for _ in range(0, count, together):

@@ -13,11 +13,12 @@ creation, and that a file that is there is looked at anew when it is opened (clo
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from exoflow_hpc.durable import fsync_directory, write_all
-from exoflow_hpc.errors import FencedError
+from exoflow_hpc.errors import FencedError, StorageError
 
 __all__ = ["announce", "epoch_name", "known_epochs", "newest_announced", "take_epoch"]
 
@@ -37,8 +38,19 @@ def _listed(directory: Path) -> int:
 
 
 def known_epochs(directory: Path, fence: Path) -> int:
-    """Return the newest epoch of which a listing of the journal directory knows, or FENCE: it and all before it have files. OSError."""
-    return newest_announced(fence, _listed(directory))
+    """Return the newest epoch of which a listing of the journal directory knows, or FENCE: it and all before it have files. OSError.
+
+    StorageError if there is no FENCE: a listing alone may be old.
+    """
+    newest = _listed(directory)
+    try:
+        return newest_announced(fence, newest)
+    except FileNotFoundError:
+        raise StorageError(
+            f"{fence}, which says what epochs there are, is missing: restore it from a backup",
+            errno.ENOENT,
+            str(fence),
+        ) from None
 
 
 def take_epoch(directory: Path, fence: Path, after: int | None = None) -> tuple[int, int]:

@@ -258,7 +258,7 @@ class Journal:
             try:
                 epoch, fd = take_epoch(directory, fence, after)
             except FileNotFoundError as error:
-                if not fence.exists() or not directory.exists():
+                if not directory.exists():
                     raise
                 raise _not_seen(error.filename) from None
             try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from exoflow_hpc import heartbeat, history, journal, records
 from exoflow_hpc.cli.main import main
 from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.garbage import collect
+from exoflow_hpc.global_array import TEMPORARY
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.storage import Storage
-from tests.exoflow_hpc.durability import run_until_killed
+from tests.exoflow_hpc.durability import ROOT, run_until_killed
+from tests.exoflow_hpc.farstorage.preload import FarHost
 from tests.exoflow_hpc.stored import Stored, array, flip
 
 GC = "import sys; from exoflow_hpc import garbage, storage; garbage.collect(storage.Storage(sys.argv[1]), sys.argv[2])"
@@ -311,3 +315,19 @@ def test_setting() -> None:
     assert Settings().retention == "all"
     with pytest.raises(ValueError, match="retention"):
         Settings(retention="none")
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_wrong_clock_ages_nothing(finished: Stored, far_library: Path, tmp_path: Path, hours: int) -> None:
+    """What counts is the clock that gave the files their times."""
+    made = finished.checkpoints / f"{TEMPORARY}x"
+    left = finished.checkpoints / f"{TEMPORARY}y"
+    made.touch()
+    left.touch()
+    os.utime(left, (0, 0))
+    host = FarHost(far_library, finished.storage.path.resolve(), tmp_path / "cache", clock=hours * 3600)
+    command = [sys.executable, "-c", GC, str(finished.storage.path), "all"]
+    environment = {**os.environ, **host.environment(), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, timeout=60)
+    assert made.exists()
+    assert not left.exists()

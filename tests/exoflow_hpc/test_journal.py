@@ -230,6 +230,16 @@ def test_each_epoch_has_its_place_in_the_fence(workflow: Path) -> None:
     assert fence.stat().st_size == 4 * 4096
 
 
+def test_without_a_fence_nobody_knows_what_there_is(workflow: Path) -> None:
+    write_epoch(workflow, 0)
+    (workflow / "FENCE").unlink()
+    for use in (journal.read, journal.inspect, Journal.open):
+        with pytest.raises(StorageError, match="FENCE, which says what epochs there are, is missing"):
+            use(workflow)
+    (workflow / "FENCE").touch()
+    assert numbers(workflow) == [0]
+
+
 def show_listing(patch: pytest.MonkeyPatch, *names: str) -> None:
     """Show that listing to whoever looks for epochs."""
     patch.setattr(_epochs.os, "listdir", lambda path: list(names))

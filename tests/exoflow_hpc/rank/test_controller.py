@@ -19,6 +19,7 @@ from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
 from exoflow_hpc.serialize import pack
 from hoplite_mpi.protocol.view import Member, View
+from tests.exoflow_hpc.journals import make as make_workflow
 from tests.exoflow_hpc.semantics.world import make_spec
 
 __all__: list[str] = []
@@ -55,9 +56,8 @@ class Harness:
     """A controller whose agents say what a test says; each has one worker."""
 
     def __init__(self, directory: Path, rows: list[dict[str, Any]], *ranks: int) -> None:
-        (directory / "journal").mkdir()
+        make_workflow(directory)
         (directory / "checkpoints").mkdir()
-        (directory / "FENCE").touch()
         self.directory = directory
         self.journal, past = journal.Journal.open(directory)
         self.sent: list[tuple[int, Any]] = []
