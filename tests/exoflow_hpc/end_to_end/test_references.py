@@ -94,7 +94,7 @@ def look(directory, chosen, i):
     array = ef.get(nested["array"])
     assert not array.flags.writeable and array is not ef.get(again)
     assert nested["text"] == "small" and pair == (1, 2)
-    return [int(array.sum()), int(ef.get(again)[-1]), int(ef.get(threes).sum())]
+    return [int(array.sum()), int(ef.get(again)[-1]), int(threes.sum())]
 
 @ef.task
 def both(*values):

@@ -16,9 +16,9 @@ from exoflow_hpc.rank import agent as agent_module
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import Agent
 from exoflow_hpc.rank.loop import Loop
-from exoflow_hpc.rank.naming import output_id
+from exoflow_hpc.rank.naming import output_id, reference_id
 from exoflow_hpc.storage import Storage
-from exoflow_hpc.worker.protocol import TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskResult
+from exoflow_hpc.worker.protocol import Put, TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskResult
 from hoplite_mpi.errors import StoreFullError
 from hoplite_mpi.meta import Meta
 
@@ -241,3 +241,58 @@ def test_what_waits_long_for_a_worker_is_returned(tmp_path: Path, monkeypatch: p
     (said,) = harness.said
     assert isinstance(said, ms.Failed)
     assert (said.kind, said.attempt) == ("returned", 3)
+
+
+# -- what was put by reference ----------------------------------------------------------------------------------------------------
+
+
+def put_id(index: int) -> Any:
+    return reference_id("run-1", OUTPUT, index)
+
+
+def test_what_was_put_becomes_this_ranks(harness: Harness) -> None:
+    run(harness)
+    harness.sealed = {put_id(0), put_id(1)}
+    small = Meta.of_bytes(5)
+    harness.arena.map.side_effect = lambda oid: Mock(meta=BIG if oid == put_id(0) else small, buffer=b"small")
+    done = TaskDone(small, 5, b"12345", 0.0, (("f", 0, 0),), (Put(0, BIG, (("f", 0, 1),)), Put(1, small)))
+    (said,) = harness.ends(done)
+    assert isinstance(said, ms.Finished)
+    assert said.refers == [[0, 0, 0]]
+    assert said.puts == [[0, BIG.to_wire(), [[0, 0, 1]]], [1, small.to_wire(), []]]
+    harness.store.adopt.assert_called_once_with(put_id(0))
+    harness.store.put_bytes.assert_called_once_with(put_id(1), small, b"small")
+    assert harness.sealed == {put_id(0)}, "a small one lives in the directory"
+
+
+@pytest.mark.parametrize("result", [TaskCrashed("worker pid 1 was killed by SIGKILL"), TaskCancelled(True)])
+def test_what_a_worker_that_died_had_put_is_deleted(harness: Harness, result: TaskResult) -> None:
+    run(harness)
+    harness.sealed = {put_id(0), put_id(1), put_id(2)}
+    harness.ends(result)
+    assert harness.sealed == set()
+
+
+def test_what_is_left_of_attempts_is_deleted_at_the_end(harness: Harness) -> None:
+    """Such as those of a rank of this node that is gone: nobody knows how many there are."""
+    other = reference_id("run-0", OUTPUT, 0)
+    harness.sealed = {put_id(5), other, OUTPUT}
+    harness.agent.handle(3, ms.End(1, "SUCCESSFUL"))
+    assert harness.sealed == {other, OUTPUT}
+
+
+def test_lost_reference_is_told(harness: Harness) -> None:
+    future: Any = Mock()
+    future.cancelled.return_value = False
+    future.exception.return_value = StoreFullError("it is gone")
+    future.add_done_callback.side_effect = lambda call: call(future)
+    harness.store.get_async.return_value = future
+    meta = Meta.of_bytes(3)
+    given = ms.InputPlace(0, "inline", 0, meta.to_wire(), b"abc", refers=[0])
+    harness.said.clear()
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [given], [ms.InputPlace(0, "memory", 2, index=1)]))
+    assert harness.store.get_async.call_args.args[0] == reference_id("run-1", output_id("run-1", "f", 2), 1)
+    assert harness.loop.run_until(lambda: bool(harness.said), 10)
+    (said,) = harness.said
+    assert isinstance(said, ms.Failed)
+    assert (said.kind, said.missing) == ("lost-input", [[0, 2, 1]])

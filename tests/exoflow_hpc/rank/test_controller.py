@@ -119,6 +119,9 @@ class Harness:
         meta = pack(value).meta.to_wire()
         self.say(rank, ms.Written(self.epoch, task, attempt, "1-0.0-0.h5", "x", f"sum of {value}", LARGE, meta))
 
+    def commits(self) -> list[dict[str, Any]]:
+        return [record for record in journal.read(self.directory).records if record["type"] == "task_committed"]
+
     def lose(self, rank: int) -> None:
         self.controller.on_view(view(2, *(other for other in self.ranks if other != rank)), ())
 
@@ -196,3 +199,119 @@ def test_an_attempt_that_is_taken_back_before_the_record_of_its_start_is_sent_no
     one.settle()
     assert one.take(ms.Run) == []
     one.until(lambda: one.controller.outcome)
+
+
+# -- references (R7) ------------------------------------------------------------------------------------------------------------------
+
+#: 0 puts an object, 1 and 2 hand it on, 3 reads both
+SKIPPED: dict[str, Any] = {"checkpoint": "skip"}
+HANDED_ON = [SKIPPED, {"data": (0,), "checkpoint": "sync"}, {"data": (0,), **SKIPPED}, {"data": (1, 2)}]
+
+
+def refers(one: Harness, rank: int, run: ms.Run, puts: bool = False) -> None:
+    """An attempt ends with a small output that refers to the object of task 0."""
+    packed = pack("small")
+    made = [[0, ["bytes", LARGE, None, []], []]] if puts else []
+    message = ms.Finished(
+        one.epoch,
+        run.task,
+        run.attempt,
+        packed.meta.to_wire(),
+        packed.nbytes,
+        packed.to_bytes(),
+        0.1,
+        [[0, 0, 0]],
+        made,
+    )
+    one.say(rank, message)
+
+
+def object_written(one: Harness, rank: int) -> None:
+    one.say(rank, ms.Written(one.epoch, 0, 0, "1-0.0-0.h5", "put", "sum", LARGE, ["bytes", LARGE, None, []], 0))
+
+
+def handed_on(harness: Callable[..., Harness], *ranks: int) -> Harness:
+    """Return a controller after 1, whose commit waits for the object, and 2."""
+    one = harness(HANDED_ON, *ranks)
+    ((rank, run),) = one.take(ms.Run)
+    refers(one, rank, run, puts=True)
+    sent = one.until(lambda: [entry for entry in one.sent if isinstance(entry[1], ms.Run)])
+    one.sent.clear()
+    for rank, run in sent:
+        (place,) = run.references
+        assert (place.kind, place.task, place.attempt, place.index) == ("memory", 0, 0, 0)
+        refers(one, rank, run)
+    return one
+
+
+def test_a_commit_waits_for_the_bytes_of_what_is_handed_on(harness: Callable[..., Harness]) -> None:
+    one = handed_on(harness, 0, 1)
+    one.settle()
+    writes = [(rank, message.task, message.index) for rank, message in one.sent if isinstance(message, ms.Write)]
+    assert writes == [(0, 0, 0)], "where it was put"
+    assert one.commits() == []
+    object_written(one, 0)
+    one.settle()
+    assert [record["task_id"] for record in one.commits()] == ["t1"]
+    assert [wire[:5] for wire in one.commits()[0]["references"]] == [["t0", 0, 0, "1-0.0-0.h5", "put"]]
+
+
+def test_what_is_written_for_one_output_is_not_written_for_another(harness: Callable[..., Harness]) -> None:
+    one = handed_on(harness, 0, 1)
+    object_written(one, 0)
+    one.settle()
+    ((rank, run),) = one.take(ms.Run)
+    assert run.task == 3
+    refers(one, rank, run)
+    one.settle()
+    assert one.take(ms.Write) == []
+    assert one.commits()[0]["references"] == one.commits()[1]["references"]
+
+
+def test_an_object_that_is_lost_before_it_is_written(harness: Callable[..., Harness]) -> None:
+    """All that holds it is made again, the commit that waited for it included."""
+    one = handed_on(harness, 0, 1)
+    one.settle()
+    one.take(ms.Run)
+    one.say(0, ms.WriteFailed(one.epoch, 0, 0, "its bytes are gone", 0, True, 0))
+    ((_, run),) = one.until(lambda: one.take(ms.Run))
+    assert (run.task, run.attempt) == (0, 1)
+    object_written(one, 0)  # late
+    one.settle()
+    assert one.commits() == []
+
+
+def test_a_reader_that_finds_an_object_lost(harness: Callable[..., Harness]) -> None:
+    """Once it is durable, it is read from its checkpoint the next time, and nothing else runs again."""
+    one = handed_on(harness, 0, 1)
+    object_written(one, 0)
+    one.settle()
+    ((rank, run),) = one.take(ms.Run)
+    failure = Failure("lost-input", "no copy is left").to_wire()
+    one.say(rank, ms.Failed(one.epoch, 3, run.attempt, "lost-input", failure, False, [[0, 0, 0]]))
+    ((rank, run),) = one.until(lambda: one.take(ms.Run))
+    assert (run.task, run.references[0].kind, run.references[0].file) == (3, "checkpoint", "1-0.0-0.h5")
+
+
+def test_a_damaged_object_voids_all_that_refer_to_it(harness: Callable[..., Harness]) -> None:
+    one = handed_on(harness, 0, 1)
+    object_written(one, 0)
+    one.settle()
+    one.say(0, ms.Corrupt(one.epoch, 0, 0, "1-0.0-0.h5 is damaged", 0))
+    one.say(1, ms.Corrupt(one.epoch, 0, 0, "1-0.0-0.h5 is damaged", 0))
+    one.settle()
+    assert one.controller.must_begin_again
+    voided = [r["task_id"] for r in journal.read(one.directory).records if r["type"] == "task_voided"]
+    assert voided == ["t1"]
+
+
+def test_what_nobody_refers_to_any_more_is_deleted(harness: Callable[..., Harness]) -> None:
+    one = handed_on(harness, 0, 1)
+    object_written(one, 0)
+    one.settle()
+    ((rank, run),) = one.take(ms.Run)
+    oid = one.controller._id(0, 0, 0)
+    assert oid not in one.store.deleted
+    one.finished(rank, run, "the end")
+    one.settle()
+    assert oid in one.store.deleted
