@@ -145,7 +145,7 @@ class Agent:
             if job.handle is not None:
                 self._pool.cancel(job.handle)
         self._pool.set_lease(None)
-        with contextlib.suppress(ClosedError, EvictedError):
+        with contextlib.suppress(ClosedError, EvictedError, FileNotFoundError):  # the arena goes with the store
             for oid in self._loaded.values():
                 self._store.delete(oid)
             if (
