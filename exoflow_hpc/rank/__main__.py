@@ -42,7 +42,7 @@ def main() -> int:
             quiet=arguments.quiet,
             terminal=arguments.terminal,
         )
-        if session.led:
+        if session.led and not session.store.closed:
             _tell_launcher({"summary": summarize(storage, ended), "members": session.members()})
         if session.store.closed and ended.status == Status.RESUMABLE:
             print(f"exoflow_hpc: {ended.error}", file=sys.stderr)
@@ -50,14 +50,19 @@ def main() -> int:
         return exit_code(ended.status)
     except (ExoFlowError, HopliteError) as error:
         print(f"exoflow_hpc: rank {os.environ.get('HOPLITE_RANK', '?')}: {error}", file=sys.stderr)
-        return RESUMABLE
+        return _after_error(session)
     except Exception:  # an error of this package: it ends this rank, and nobody may wait for it
         print(f"exoflow_hpc: rank {os.environ.get('HOPLITE_RANK', '?')} failed unexpectedly:", file=sys.stderr)
         traceback.print_exc()
-        return RESUMABLE
+        return _after_error(session)
     finally:
         if session is not None:
             session.close()
+
+
+def _after_error(session: Session | None) -> int:
+    """Return the exit code: one who controlled the run has ended it, without any other it goes on and can use one more."""
+    return RESUMABLE if session is not None and session.led else REPLACE_ME
 
 
 def _rendezvous(name: str) -> Path:

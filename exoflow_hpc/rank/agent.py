@@ -151,7 +151,7 @@ class Agent:
         self._stop(list(self._jobs.values()))
         self._made.clear()
         self._pool.set_lease(None)
-        with contextlib.suppress(ClosedError, EvictedError):
+        with contextlib.suppress(ClosedError, EvictedError, FileNotFoundError):  # the arena goes with the store
             for oid in self._loaded.values():
                 self._store.delete(oid)
             if (

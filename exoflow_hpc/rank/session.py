@@ -311,12 +311,12 @@ class Session:
         self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally
     ) -> Found:
         """Ask all ranks what there is of a run whose controller is lost."""
-        tally.take_over(history.ran_in(past.records, run, spec), self._met, self._view)
         self._controller = takeover = Takeover(journal.epoch, str(directory), run, self._send)
         takeover.start(self._view)
         self._loop.run_until(lambda: takeover.is_complete or self.store.closed)
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
+        tally.take_over(history.ran_in(past.records, run, spec), self._met, self._view)
         found = takeover.found(spec, past.records, self.store)
         fault.point("controller.taken_over")
         return found
