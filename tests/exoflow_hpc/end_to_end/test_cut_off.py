@@ -122,7 +122,8 @@ def test_what_it_does_is_not_seen_after_it_was_undone(cli: Cli, stopped: bool) -
         result = run.wait()
         assert result.code == 0, result.text
         assert result.json["status"] == "SUCCESSFUL", result.text
-        assert result.json["tasks"]["rolled_back"] == 1
+        # more than one where the storage was so slow that leases of others ran out
+        assert result.json["tasks"]["rolled_back"] >= 1
         known = rows(cli)
         assert sorted(known) == result.json["output"]
         assert key not in known
