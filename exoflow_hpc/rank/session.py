@@ -171,11 +171,13 @@ class Session:
         show = sys.stderr.isatty() if terminal is None else terminal
         self.led = self._was_led = False
         try:
-            ended = None if self.is_head else self._follow()
-            if ended is not None:
-                return ended
+            going_on = None
+            if not self.is_head:
+                ended = self._follow()
+                if ended is not None:
+                    return ended
+                going_on = self._agent.run
             self.led = True
-            going_on = self._agent.run
             if going_on is not None:
                 workflow_id, directory, run = going_on
                 return self._lead(Storage(Path(directory).parent.parent, create=False), workflow_id, quiet, show, run)
@@ -240,13 +242,14 @@ class Session:
             interrupted = isinstance(error, (FencedError, StorageError)) or bool(run)
             status = history.Status.RESUMABLE if interrupted else REFUSED
             self.refuse(error, status)
-            return Ended(workflow_id, status, error)
+            return Ended(workflow_id, status, error, directory=self._agent.workflow_dir if run else "")
         finally:
             self._controller = None
         outcome = controller.outcome
         if outcome is None:
             why = "the others went on without the rank that controls the run: resume the workflow"
-            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why))
+            directory = str(storage.directory(workflow_id))
+            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why), directory=directory)
         self._dismiss(controller.end_message(), self._view.ranks)
         progress.finish(outcome.status)
         return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
