@@ -6,9 +6,13 @@ import contextlib
 import os
 import re
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+
+from hoplite_mpi.testing import run_ranks
 
 if TYPE_CHECKING:
     from .conftest import Cli, Process
@@ -226,3 +230,30 @@ def test_again_and_again(cli: Cli) -> None:
     result = run.wait()
     assert result.values[1:] == (3, 3), result.text
     assert all(drawn == held for drawn, held in result.values[0])
+
+
+@pytest.mark.parametrize("point", ["controller.dispatch@2", "storage.after_rename"])
+def test_a_program_goes_on_without_its_first_rank(tmp_path: Path, point: str) -> None:
+    """The rank that controls the runs dies in the first one, or before it has begun; the next one controls the second run, too."""
+
+    def program() -> Any:
+        import exoflow_hpc as ef
+
+        @ef.task(checkpoint="sync")
+        def add(*numbers: int) -> int:
+            return sum(numbers)
+
+        session = ef.api.rank_session()
+        session.store.allreduce(np.ones(1))  # all have met: MPI crashes a process that meets one that is just gone
+        results = []
+        for name in ("first", "second"):
+            node = add.bind(add.bind(1), add.bind(2), len(results))
+            results.append(ef.run(node, name, storage=tmp_path))
+        return results, session.is_head
+
+    results = run_ranks(3, program, kill=[(0, point)])
+    assert results[0].exitcode == -signal.SIGKILL
+    for rank in (1, 2):
+        assert results[rank].exitcode == 0, results[rank].output
+    assert [results[rank].value[0] for rank in (1, 2)] == [[3, 4]] * 2
+    assert sorted(results[rank].value[1] for rank in (1, 2)) == [False, True]
