@@ -25,7 +25,6 @@ from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
-from exoflow_hpc.succession import shown
 from exoflow_hpc.worker.pool import WorkerPool
 from exoflow_hpc.worker.protocol import (
     ArenaInput,
@@ -332,7 +331,7 @@ class Agent:
         run, task, spec = job.run, job.task, self._spec
         blobs = (*task.needed_blobs, task.rollback) if run.rollback else task.needed_blobs
         request = TaskRequest(
-            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, shown(run.attempt), self._epoch),
+            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, run.attempt, self._epoch),
             function=task.function,
             retry=task.retry,
             args=task.args,

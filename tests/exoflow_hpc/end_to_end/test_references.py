@@ -394,3 +394,27 @@ def workflow():
     got, pickled = result.json["output"]
     assert got.startswith("TypeError: ef.get() takes a reference")
     assert pickled.startswith("TypeError: <Ref to object 1 of task 'first'> can't be pickled here")
+
+
+def test_killed_in_the_middle_of_a_put(cli: Cli) -> None:
+    """Its memory is nobody's then, and the next attempt puts the same under another id."""
+    body = """
+@ef.task(checkpoint="skip")
+def make(directory):
+    log(directory, "make", 0, os.getpid())
+    return ef.put(np.arange(300_000))
+
+@ef.task
+def last(ref):
+    return int(ef.get(ref)[-1])
+
+def workflow(directory):
+    return last.bind(make.bind(directory))
+"""
+    fired = cli.directory / "fired"
+    fired.mkdir()
+    args = ["run", cli.file(body), "--id", "w", "--ranks", "1", "--input", f"directory={cli.directory}", "--json"]
+    result = cli(*args, HOPLITE_FAULT="worker.before_put=kill", HOPLITE_FAULT_FIRED=str(fired))
+    assert result.values == (299_999, 0, 0)
+    assert cli.times("make") == {"0": 2}
+    assert list(fired.iterdir())

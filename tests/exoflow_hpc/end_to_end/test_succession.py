@@ -190,6 +190,48 @@ def test_effects_elsewhere_happen_once(cli: Cli) -> None:
     assert result.json["tasks"]["rolled_back"] == 1
 
 
+def test_references_survive(cli: Cli) -> None:
+    """Tasks that put objects go on, and what they have returned by reference is read after that; what was there already is made again."""
+    body = """
+@ef.task(deterministic=False, checkpoint="skip")
+def early(directory, i):
+    log(directory, "early", i, os.getpid())
+    return ef.put(np.full(20_000, int.from_bytes(os.urandom(4), "little")))
+
+@ef.task(deterministic=False, checkpoint="skip")
+def hold(directory, i):
+    log(directory, "hold", i, os.getpid())
+    deadline = time.monotonic() + 80
+    while not os.path.exists(os.path.join(directory, "gate")):
+        assert time.monotonic() < deadline, "the test never opened the gate"
+        time.sleep(0.01)
+    return [ef.put(np.full(20_000, i))]
+
+@ef.task(checkpoint="sync")
+def same(ref):
+    return ref
+
+@ef.task
+def last(held, early, again):
+    assert [int(ef.get(one)[0]) for one in early] == [int(ef.get(one)[0]) for one in again]
+    return [int(ef.get(one)[0]) for (one,) in held]
+
+def workflow(directory):
+    first = [early.bind(directory, i) for i in range(3)]
+    again = [same.bind(one) for one in first]
+    held = [hold.bind(directory, i).after(again[0], again[1], again[2]) for i in range(3)]
+    return last.bind(held, first, again)
+"""
+    run = start(cli, body)
+    places = kill_head(cli, run, "hold")
+    lost = places[0][1]
+    cli.wait_until(lambda: cli.times("hold")[lost] == 2, "what ran on rank 0 runs elsewhere")
+    cli.open_gate()
+    result = run.wait()
+    assert result.values[:2] == ([0, 1, 2], 1), result.text
+    assert cli.times("hold") == {str(i): 2 if str(i) == lost else 1 for i in range(3)}
+
+
 @pytest.mark.parametrize("point", ["controller.take_over", "controller.taken_over", "agent.report", "agent.kept"])
 def test_another_one_dies_at_that(cli: Cli, point: str) -> None:
     """One that takes over, or answers, is killed: the third one goes on, and loses nothing but what the dead have had."""
