@@ -19,7 +19,7 @@ from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.made import Made, MadeOutputs
-from exoflow_hpc.rank.naming import is_reference, output_id, reference_id
+from exoflow_hpc.rank.naming import is_of_run, output_id, reference_id
 from exoflow_hpc.rank.reducing import Reducer
 from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
@@ -153,12 +153,11 @@ class Agent:
         with contextlib.suppress(ClosedError, EvictedError, FileNotFoundError):  # the arena goes with the store
             for oid in self._loaded.values():
                 self._store.delete(oid)
-            if (
-                self._begun is not None
-            ):  # what was put by attempts that were not kept, here or by a rank of this node that is gone
-                for known in list(self._arena.objects()):
-                    if is_reference(known.oid, self._begun.run):
-                        self._arena.delete(known.oid)
+            # what attempts have left that were not kept, here or on a rank of this node that is gone
+            run = "" if self._begun is None else self._begun.run
+            for known in list(self._arena.objects()) if run else ():
+                if is_of_run(known.oid, run):
+                    self._arena.delete(known.oid)
         self._loaded.clear()
 
     def _stop(self, jobs: Iterable[Job]) -> None:
@@ -178,7 +177,7 @@ class Agent:
         if (
             self._begun is not None
             and self._begun.workflow_dir == message.workflow_dir
-            and message.epoch <= self._begun.epoch
+            and (message.epoch <= self._begun.epoch or message.epoch < self._epoch)
         ):
             return
         if self._begun is not None and self._begun.run == message.run and message.kept is not None:
@@ -206,8 +205,8 @@ class Agent:
         running: list[list[Any]] = []
         if mine:
             self._epoch, self._controller = message.epoch, rank
-            # a rollback may be called again, and is; what was canceled is void
-            self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled])
+            # a rollback may be called again, and is; what was canceled is void; what is damaged is to be found out again
+            self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled or job.stuck])
             made = [[m.task, m.attempt, m.meta, m.nbytes, m.data, m.stand] for m in self._made.all()]
             running = [[*which, None if job.run.references else job.run.stand] for which, job in self._jobs.items()]
         fault.point("agent.report")
@@ -298,6 +297,7 @@ class Agent:
     def _found_corrupt(self, job: Job, place: ms.InputPlace, text: str) -> None:
         """Tell the controller, which begins again without that output; the attempt waits until then."""
         if not job.over:
+            job.stuck = True
             self._reply(ms.Corrupt(self._epoch, place.task, place.attempt, text, place.index))
 
     def _was_read(self, job: Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:

@@ -146,11 +146,17 @@ class Controller:
             self.tell(ev.RankJoined(rank, incarnation, slots))
             self._admit(rank, incarnation)
         self._invite(view)
-        self._do(self._scheduler.handle(ev.Start()))
+        begun = self._scheduler.handle(ev.Start())
+        kept = [task for task in self._found.survivors if task not in self._commits.committed]
+        self._commits.seen.begin([*self._scheduler.wanted, *kept])
+        outputs = [(task, self._found.outputs[task].checksum) for task in kept if task in self._found.outputs]
+        deviating = [task for task, checksum in outputs if checksum and self._commits.deviates(task, checksum)]
+        if deviating:
+            return  # the next epoch follows
+        self._do(begun)
         self.on_view(view, ())  # a rank may have been lost since it reported
         for peer, message in self._found.early:
             self.handle(*peer, message)
-        self._commits.seen.begin(self._scheduler.wanted)
         self._effects.begin()
         self._show()
 
@@ -241,6 +247,10 @@ class Controller:
         if message.epoch != self._epoch or self._agents.get(rank) != incarnation or self.outcome is not None:
             log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
             return
+        if isinstance(message, (ms.Finished, ms.Failed)) and self._was_given_up(message.task, message.attempt):
+            if isinstance(message, ms.Finished):
+                self._store.delete(self._id(message.task, message.attempt))
+            return
         match message:
             case ms.Finished():  # the most frequent one first
                 self._finished(rank, message)
@@ -263,6 +273,13 @@ class Controller:
             case ms.Progress():
                 self._progress.task(self._spec.tasks[message.task].name, message.fraction, message.text)
         self._show()
+
+    def _was_given_up(self, task: int, attempt: int) -> bool:
+        """Whether an attempt is one of a controller before this one, and does not count: its end may come between report and begin."""
+        if not self._found.ranks or attempt >= era_of(self._epoch):
+            return False
+        one = self._found.survivors.get(task)
+        return one is None or one.attempt != attempt
 
     def _finished(self, rank: int, message: ms.Finished) -> None:
         task = message.task

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from exoflow_hpc import heartbeat, journal
+from exoflow_hpc import heartbeat, journal, records
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.controller import Controller
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.outputs import Output
 from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.takeover import Found
 from exoflow_hpc.rank.tally import Tally
-from exoflow_hpc.serialize import pack
+from exoflow_hpc.serialize import checksum, pack
+from exoflow_hpc.succession import Survivor, era_of
 from hoplite_mpi.protocol.view import Member, View
 from tests.exoflow_hpc.journals import make as make_workflow
 from tests.exoflow_hpc.semantics.world import make_spec
@@ -55,11 +58,17 @@ def view(number: int, *ranks: int) -> View:
 class Harness:
     """A controller whose agents say what a test says; each has one worker."""
 
-    def __init__(self, directory: Path, rows: list[dict[str, Any]], *ranks: int) -> None:
+    def __init__(
+        self, directory: Path, rows: list[dict[str, Any]], *ranks: int, found: Found | None = None, past: Any = ()
+    ) -> None:
         make_workflow(directory)
         (directory / "checkpoints").mkdir()
         self.directory = directory
-        self.journal, past = journal.Journal.open(directory)
+        if past:
+            with journal.Journal.open(directory)[0] as before:
+                for record in past:
+                    before.append(records.encode(record)).result()
+        self.journal, history = journal.Journal.open(directory)
         self.sent: list[tuple[int, Any]] = []
         self.loop, self.store, self.ranks = Loop(), Store(), ranks
         self.controller = Controller(
@@ -67,13 +76,14 @@ class Harness:
             directory,
             make_spec(rows),
             self.journal,
-            past.records,
+            history.records,
             self.store,  # type: ignore[arg-type]
             self.loop,
             lambda rank, message: self.sent.append((rank, message)),
             ProgressLine("w", terminal=False, stream=io.StringIO()),
             Tally(),
             10.0,
+            found,
         )
         self.controller.start(view(1, *ranks))
         for rank in ranks:
@@ -130,8 +140,8 @@ class Harness:
 def harness(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
     made: list[Harness] = []
 
-    def make(rows: list[dict[str, Any]], *ranks: int) -> Harness:
-        made.append(Harness(tmp_path, rows, *ranks))
+    def make(rows: list[dict[str, Any]], *ranks: int, **more: Any) -> Harness:
+        made.append(Harness(tmp_path, rows, *ranks, **more))
         return made[-1]
 
     yield make
@@ -315,3 +325,58 @@ def test_what_nobody_refers_to_any_more_is_deleted(harness: Callable[..., Harnes
     one.finished(rank, run, "the end")
     one.settle()
     assert oid in one.store.deleted
+
+
+# -- what another controller has left
+
+
+def left(*ranks: int, running: Any = (), outputs: Any = (), early: Any = ()) -> Found:
+    """Return what is found: running: (task, attempt, rank); outputs: (task, attempt, rank, value); early: of rank 1."""
+    found = Found("run", dict.fromkeys(ranks, (0, 1)))
+    for task, attempt, rank in running:
+        found.survivors[task] = Survivor(task, attempt, rank, True, frozenset())
+    for task, attempt, rank, value in outputs:
+        packed = pack(value)
+        data = packed.to_bytes()
+        found.survivors[task] = Survivor(task, attempt, rank, False, frozenset())
+        found.outputs[task] = Output(attempt, packed.meta, data, rank, checksum(packed.meta, data))
+    found.early = [((1, 0), message) for message in early]
+    return found
+
+
+def finished(epoch: int, task: int, attempt: int, value: Any) -> ms.Finished:
+    packed = pack(value)
+    return ms.Finished(epoch, task, attempt, packed.meta.to_wire(), packed.nbytes, packed.to_bytes(), 0.1)
+
+
+def test_what_is_found_is_used_and_goes_on(harness: Callable[..., Harness]) -> None:
+    found = left(0, 1, outputs=[(0, 3, 1, "made")], running=[(1, 5, 1)], early=[finished(1, 1, 5, "early")])
+    one = harness([VARIES, {}, {"data": (0, 1)}], 0, 1, found=found)
+    begins = [(rank, message.kept) for rank, message in one.sent if isinstance(message, ms.Begin)]
+    assert begins == [(0, [[1, 5], [0, 3]]), (1, [[1, 5], [0, 3]])]
+    ((_, run),) = one.take(ms.Run)
+    assert (run.task, run.attempt) == (2, era_of(1))
+    assert [(place.task, place.attempt) for place in run.inputs] == [(0, 3), (1, 5)]
+    assert run.stand == [[0, 3, True]], "it was committed first"
+
+
+def test_the_end_of_an_attempt_that_does_not_count_is_late(harness: Callable[..., Harness]) -> None:
+    """It has ended between the report of its rank and the begin."""
+    failed = ms.Failed(1, 0, 4, "returned", Failure("returned", "").to_wire(), False, [])
+    found = left(0, 1, outputs=[(1, 2, 1, "kept")], early=[finished(1, 0, 3, "late"), failed, finished(1, 1, 3, "b")])
+    one = harness([{}, {}, {"data": (0, 1)}], 0, 1, found=found)
+    ((rank, run),) = one.take(ms.Run)
+    assert (run.task, run.attempt) == (0, era_of(1))
+    one.finished(rank, run, "anew")
+    one.settle()
+    ((_, run),) = one.take(ms.Run)
+    assert [(place.task, place.attempt) for place in run.inputs] == [(0, era_of(1)), (1, 2)]
+
+
+def test_what_is_found_and_is_not_what_was_seen_deviates(harness: Callable[..., Harness]) -> None:
+    """A consumer was committed with another output of a task that is taken to be deterministic."""
+    seen = records.TaskCommitted("t1", 0, 0, records.Inline(b""), "aa", 0, ["bytes", 0, None, None], [["t0", "bb"]])
+    found = left(0, outputs=[(0, 3, 0, "another")])
+    one = harness([{}, {"data": (0,)}, {"data": (0, 1)}], 0, found=found, past=[seen])
+    one.until(lambda: one.controller.must_begin_again)
+    assert [record["type"] for record in journal.read(one.directory).records][-1] == "task_deviated"
