@@ -128,3 +128,40 @@ def test_what_it_does_is_not_seen_after_it_was_undone(cli: Cli, stopped: bool) -
         assert sorted(known) == result.json["output"]
         assert key not in known
         assert all(len(hosts_of) == 1 for hosts_of in known.values())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_head_is_cut_off_and_another_rank_goes_on(cli: Cli, stopped: bool) -> None:
+    """Two controllers on two hosts over one directory; stopped: the first one can't even find out that it is out of the view."""
+    with EmulatedHosts(RANKS) as hosts:
+        script = cli.directory / "on_hosts.py"
+        script.write_text(ON_HOSTS)
+        prefixes = json.dumps([hosts.command_prefix(rank) for rank in range(RANKS)])
+        args = ["run", cli.file(WORKFLOW), "--id", "w", "--ranks", str(RANKS), "--input", f"directory={cli.directory}"]
+        command = [sys.executable, str(script), prefixes, *args, "--json", "--storage", str(cli.storage)]
+        settings = {"EXOFLOW_WORKERS": "1", "EXOFLOW_LEASE": "3"}
+        run = Process(command, {**cli.environment, **settings}, cli.directory)
+        cli.wait_until(lambda: len(acts(cli)) == 3 or run.popen.poll() is not None, "one acts on each rank")
+        assert run.popen.poll() is None, run.wait().text
+        worker, key = next(words[3:] for words in acts(cli) if words[2] == "h0")
+        cli.wait_until(lambda: "h0" in rows(cli).get(key, ()), "it has an effect")
+        _, head = cli.rank_of(int(worker))
+        hosts.pull_cable(0)
+        if stopped:
+            os.kill(head, signal.SIGSTOP)
+        cli.wait_until(lambda: "goes on" in run.stderr or run.popen.poll() is not None, "another rank goes on")
+        cli.wait_until(lambda: ["take_back", key] in cli.log or run.popen.poll() is not None, "what it did is undone")
+        assert run.popen.poll() is None, run.wait().text
+        assert key not in rows(cli), "nobody acts under the old key any more"
+        hosts.plug_in(0)
+        if stopped:
+            os.kill(head, signal.SIGCONT)
+        cli.open_gate()
+        result = run.wait()
+        assert result.code == 0, result.text
+        assert result.json["status"] == "SUCCESSFUL", result.text
+        known = rows(cli)
+        # one that found a worker only when the gate was open has done nothing
+        assert set(known) <= set(result.json["output"])
+        assert key not in known
+        assert all(len(hosts_of) == 1 for hosts_of in known.values())

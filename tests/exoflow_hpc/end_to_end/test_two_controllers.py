@@ -1,12 +1,11 @@
 """Two controllers for one workflow, on two hosts over one directory: never two commits, never two effects (cases 5 and 11, R10).
 
-One is stopped and continued, or cut off and plugged in again, or both begin at once. Their wall clocks differ by hours. Where they are
+One is stopped and continued, or both begin at once (one that is cut off: see `test_cut_off`). Their wall clocks differ by hours. Where they are
 *far*, each goes on seeing the directory as it was when it first looked, and waits for each answer (see farstorage.c).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,12 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from exoflow_hpc import journal, records
-from hoplite_mpi.testing import EmulatedHosts, fault
-from hoplite_mpi.transport import guard
+from hoplite_mpi.testing import fault
 from tests.exoflow_hpc.farstorage.preload import FarHost
 
 from .conftest import Process
-from .test_cut_off import ON_HOSTS
 from .test_exactly_once import OUTSIDE, effects
 
 if TYPE_CHECKING:
@@ -244,43 +241,6 @@ def test_both_begin_at_once(cli: Cli, hosts: Far, far: bool) -> None:
     assert winner.popen.poll() is None, winner.wait().text
     cli.open_gate()
     check(cli, winner.wait())
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to emulate hosts")
-@pytest.mark.skipif(not guard.load().loaded, reason=f"the guard is not there: {guard.load().why}")
-@pytest.mark.parametrize("stopped", [False, True])
-def test_the_first_is_cut_off(cli: Cli, hosts: Far, stopped: bool) -> None:
-    """Its head can't reach its other ranks; stopped: nor the storage, and it is plugged in when all is over."""
-    first, second = hosts("first", clock=5 * HOUR), hosts("second", clock=-5 * HOUR)
-    with EmulatedHosts(4) as network:
-        script = cli.directory / "on_hosts.py"
-        script.write_text(ON_HOSTS)
-
-        def start(on: list[int], far: FarHost, *args: str) -> Process:
-            prefixes = json.dumps([network.command_prefix(i) for i in on])
-            command = [sys.executable, str(script), prefixes, *args, "--storage", str(cli.storage)]
-            return Process(command, {**cli.environment, **far.environment(), **SETTINGS}, cli.directory)
-
-        run = start([0, 1, 2], first, *run_args(cli, 3))
-        wait_until_both_act(cli, run)
-        head = next(pid for pid in cli.processes() if is_head(pid))
-        network.pull_cable(0)
-        if stopped:
-            os.kill(head, signal.SIGSTOP)
-        else:
-            cut = run.wait()
-            assert cut.code == 3, cut.text
-            assert "Traceback" not in cut.text
-        taken = finish(cli, start([3], second, *RESUME), len(cli.log))
-        acted = cli.times("acts")
-        network.plug_in(0)
-        if stopped:
-            os.kill(head, signal.SIGCONT)
-            cut = run.wait()
-            assert cut.code == 3, cut.text
-            assert any(text in cut.stderr for text in (*REFUSALS, "without the rank")), cut.text
-        assert cli.times("acts") == acted
-        check(cli, taken)
 
 
 def is_head(pid: int) -> bool:
