@@ -1,7 +1,7 @@
 """Two controllers for one workflow, on two hosts over one directory: never two commits, never two effects (cases 5 and 11, R10).
 
-One is stopped and continued, or both begin at once (one that is cut off: see `test_cut_off`). Their wall clocks differ by hours. Where they are
-*far*, each goes on seeing the directory as it was when it first looked, and waits for each answer (see farstorage.c).
+One is stopped and continued, or both begin at once (for one that is cut off see `test_cut_off`). Their wall clocks differ by hours. Where
+they are *far*, each goes on seeing the directory as it was when it first looked, and waits for each answer (see farstorage.c).
 """
 
 from __future__ import annotations
