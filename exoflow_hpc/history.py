@@ -10,9 +10,11 @@ from typing import Any, Generic, TypeVar
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
 from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
+from exoflow_hpc.expansion import expand
 from exoflow_hpc.references import StoredObjects, resolving
 from exoflow_hpc.semantics import descendants
 from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.storage import Storage
 
 __all__ = [
     "Facts",
@@ -23,13 +25,16 @@ __all__ = [
     "check_output",
     "check_reference",
     "committed_tasks",
+    "continued",
     "error_of",
+    "expanded",
     "expired_tasks",
     "facts_by_name",
     "facts_of",
     "kept_files",
     "last_end",
     "load_output",
+    "load_spec",
     "ran_in",
     "standing_outputs",
     "status_of",
@@ -53,7 +58,7 @@ class Status:
 class Ran:
     """What a run has done, for display."""
 
-    tasks: set[int] = field(default_factory=set)
+    tasks: set[str] = field(default_factory=set)
     rolled_back: int = 0
     #: seconds since 1970, 0: not known
     began: float = 0.0
@@ -89,6 +94,8 @@ class Facts(Generic[K]):
     deviant: set[K] = field(default_factory=set)
     #: checksums of outputs that something saw that stands, or that were committed themselves, and are not now: the same is to come again
     seen: dict[K, str] = field(default_factory=dict)
+    #: what tasks continue with, committed or void: until they are committed anew, it says what the workflow's tasks are
+    continued: dict[K, records.TaskCommitted] = field(default_factory=dict)
 
 
 def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None = None) -> Facts[str]:
@@ -165,38 +172,48 @@ def _commit(facts: Facts[str], record: records.TaskCommitted, spec: WorkflowSpec
     if task in facts.committed:
         return
     facts.owed.discard(task)
-    if spec is not None and facts.seen and (task in facts.deviant or not spec.tasks[spec.index(task)].deterministic):
+    here = spec.find(task) if spec is not None and facts.seen else None
+    if spec is not None and here is not None and (task in facts.deviant or not spec.tasks[here].deterministic):
         # what was computed from the value before this one is void, and may come out another one
-        for index in descendants(spec.tasks, [spec.index(task)]):
+        for index in descendants(spec.tasks, [here]):
             facts.seen.pop(spec.tasks[index].name, None)
     facts.committed[task] = record
     facts.gone.pop(task, None)
     facts.expired.discard(task)
     facts.seen.pop(task, None)
+    if record.continued:
+        facts.continued[task] = record
+    else:
+        facts.continued.pop(task, None)
     if task in facts.effects:
         facts.results[task] = record
     _see(facts, record.consumed)
 
 
 def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts[int]:
-    """Return the same by index of the task."""
+    """Return the same by index of the task, without tasks that a voided continuation had brought and the last one has not."""
     named = facts_by_name(history, spec)
 
     def index(table: dict[str, V]) -> dict[int, V]:
-        return {spec.index(task): value for task, value in table.items()}
+        found = ((spec.find(task), value) for task, value in table.items())
+        return {task: value for task, value in found if task is not None}
+
+    def indices(names: set[str]) -> set[int]:
+        return set(index(dict.fromkeys(names)))
 
     return Facts(
         committed=index(named.committed),
         gone=index(named.gone),
-        expired={spec.index(task) for task in named.expired},
+        expired=indices(named.expired),
         effects=index(named.effects),
         rollbacks=index(named.rollbacks),
-        owed={spec.index(task) for task in named.owed},
+        owed=indices(named.owed),
         results=index(named.results),
         incarnations=index(named.incarnations),
         attempts=index(named.attempts),
-        deviant={spec.index(task) for task in named.deviant},
+        deviant=indices(named.deviant),
         seen=index(named.seen),
+        continued=index(named.continued),
     )
 
 
@@ -210,15 +227,52 @@ def expired_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> set[
     return facts_of(spec, history).expired
 
 
+def continued(history: Iterable[dict[str, Any]]) -> list[list[Any]]:
+    """Return what tasks continue with, as in `messages.Begin`."""
+    known = list(history)
+    if not any(wire.get("continued") for wire in known):
+        return []
+    found = facts_by_name(known).continued
+    return [[task, one.location.to_wire(), one.meta, one.checksum] for task, one in found.items()]
+
+
+def expanded(base: WorkflowSpec, workflow_dir: Path, continued: Iterable[list[Any]]) -> WorkflowSpec:
+    """Return the spec of a workflow with what its tasks continue with (`continued`). CorruptCheckpointError, StorageError."""
+    return expand(base, {task: _continuation(workflow_dir, task, *where) for task, *where in continued})
+
+
+def load_spec(storage: Storage, workflow_id: str, history: Iterable[dict[str, Any]]) -> WorkflowSpec:
+    """Return the spec of a workflow with what its tasks continue with by now. CorruptCheckpointError, StorageError."""
+    directory = storage.directory(workflow_id)
+    base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+    return expanded(base, directory, continued(history))
+
+
+def _continuation(
+    workflow_dir: Path, task: str, location: dict[str, Any], wire: list[Any], checksum: str
+) -> WorkflowSpec:
+    from hoplite_mpi.meta import Meta
+
+    place = records.location_of(location)
+    if isinstance(place, records.Inline):
+        meta, data = Meta.from_wire(wire), memoryview(place.data)
+    else:
+        meta, data = checkpoint.read(workflow_dir, place.file, place.entry, checksum)
+    return WorkflowSpec.from_bytes(serialize.unpack(meta, data), f"what task {task} continues with")
+
+
 def standing_outputs(history: Iterable[dict[str, Any]]) -> dict[str, records.TaskCommitted]:
     """Return name of task → its record: the same as `committed_tasks`, without a spec."""
     return facts_by_name(history).committed
 
 
 def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the checkpoint files that rollbacks may yet be given: inputs and outputs of effects that were not undone, void or not."""
+    """Return the checkpoint files that rollbacks may yet be given, and those with what tasks continue with, void or not.
+
+    The former are inputs and outputs of effects that were not undone.
+    """
     facts = facts_by_name(history)
-    kept = {file for record in facts.results.values() for file in record.files}
+    kept = {file for record in (*facts.results.values(), *facts.continued.values()) for file in record.files}
     for start in facts.effects.values():
         for wire in start.inputs:
             place, _, _, references = records.kept_input(wire)
@@ -228,7 +282,7 @@ def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
     return kept
 
 
-def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> Ran:
+def ran_in(history: Iterable[dict[str, Any]], run: str) -> Ran:
     """Return what controllers have done in a run (`WorkflowStarted.run`), as far as their records say it."""
     ran = Ran()
     inside = False
@@ -239,7 +293,7 @@ def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> R
             if inside and not ran.began:
                 ran.began = record.time
         elif inside and isinstance(record, (records.TaskStarted, records.TaskCommitted)):
-            ran.tasks.add(spec.index(record.task_id))
+            ran.tasks.add(record.task_id)
         elif inside and isinstance(record, records.TaskRolledBack):
             ran.rolled_back += 1
     return ran

@@ -94,10 +94,16 @@ class WorkflowSpec:
     #: directories for a worker to put at the begin of `sys.path`: user modules are imported, only the workflow file is
     #: not
     sys_path: tuple[str, ...] = ()
+    #: task that has continued → task whose output is its output (see `expansion`)
+    ends: dict[int, int] = field(default_factory=dict)
 
     @cached_property
     def _indices(self) -> dict[str, int]:
         return {task.name: task.index for task in self.tasks}
+
+    def find(self, name: str) -> int | None:
+        """Return the index of the task of that name, None if there is none: what a voided continuation has brought may be gone."""
+        return self._indices.get(name)
 
     def index(self, name: str) -> int:
         """Return the index of the task of that name; ExoFlowError names those that are like it."""
@@ -159,6 +165,8 @@ class WorkflowSpec:
             # the blobs follow the table as they are: msgpack can't hold one of 4 GiB
             "blobs": [(key, len(data)) for key, data in self.blobs.items()],
         }
+        if self.ends:
+            table["ends"] = list(self.ends.items())
         body = msgpack.packb(table, unicode_errors="surrogateescape")
         checksum = hashlib.blake2b(len(body).to_bytes(8, "little") + body, digest_size=32)
         for data in self.blobs.values():
@@ -191,7 +199,8 @@ class WorkflowSpec:
             blobs[key] = bytes(view[position : position + length])
             position += length
         tasks = tuple(TaskSpec(index, *row) for index, row in enumerate(table["tasks"]))
-        return cls(tasks, table["output"], table["fingerprint"], blobs, table["inputs"], table["sys_path"])
+        ends = dict(table.get("ends", ()))
+        return cls(tasks, table["output"], table["fingerprint"], blobs, table["inputs"], table["sys_path"], ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # one way to travel, checked on arrival

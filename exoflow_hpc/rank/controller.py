@@ -55,7 +55,7 @@ log = logging.getLogger("exoflow_hpc.controller")
 class Controller:
     """Runs one workflow in one epoch. All methods run in the loop's thread.
 
-    found: what is left of the controller that this one takes over from.
+    found: what is left of the controller that this one takes over from. continued: what *spec* is expanded by, as in `messages.Begin`.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Controller:
         tally: Tally,
         lease: float,
         found: Found | None = None,
+        continued: Sequence[list[Any]] = (),
     ) -> None:
         self._workflow_id = workflow_id
         self._workflow_dir = workflow_dir
@@ -83,6 +84,7 @@ class Controller:
         self._progress = progress
         self._tally = tally
         self._epoch = journal.epoch
+        self._continued = list(continued)
         self._found = found or Found(secrets.token_hex(8))
         self._run = self._found.run
         facts = facts_of(spec, history)
@@ -196,8 +198,9 @@ class Controller:
 
     def _begin(self, rank: int) -> None:
         where = (self._workflow_id, str(self._workflow_dir), self._run)
-        kept = self._found.kept if self._found.ranks else None
-        self.send(rank, ms.Begin(self._epoch, *where, self._effects.lease, kept))
+        survivors = self._found.survivors.values()
+        kept = [[self._spec.tasks[one.task].name, one.attempt] for one in survivors] if self._found.ranks else None
+        self.send(rank, ms.Begin(self._epoch, *where, self._effects.lease, kept, self._continued))
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs, and objects of theirs, still have a copy; the directory answers when every member of the view has reported."""
@@ -273,16 +276,17 @@ class Controller:
         known = self._outputs.get(task)
         meta = Meta.from_wire(message.meta)
         checksum = "" if message.data is None else serialize.checksum(meta, message.data)
+        seen_as = records.seen_as(checksum, (), message.continued)
         missing = self._note_references(rank, message) if message.refers else []
         # what it refers to counts as well, and has no checksum yet
         if (
-            checksum
+            seen_as
             and not message.refers
             and self._scheduler.is_current(task, message.attempt)
-            and self._commits.deviates(task, checksum)
+            and self._commits.deviates(task, seen_as)
         ):
             return
-        output = Output(message.attempt, meta, message.data, rank, checksum)
+        output = Output(message.attempt, meta, message.data, rank, checksum, message.continued)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         quick = message.seconds < _QUICK and not self._awaited
@@ -290,7 +294,10 @@ class Controller:
         if message.refers:  # as good as a large one: it can't be kept, or sent, by itself
             nbytes = max(nbytes, records.INLINE_LIMIT + 1) + self._references.nbytes((task, message.attempt))
         write_seconds = self._commits.writes.seconds(nbytes)
-        self.tell(ev.TaskFinished(task, message.attempt, rank, nbytes, message.seconds, write_seconds, quick))
+        continued = bool(message.continued)
+        self.tell(
+            ev.TaskFinished(task, message.attempt, rank, nbytes, message.seconds, write_seconds, quick, continued)
+        )
         if missing and self.outcome is None:
             self._lose(self._references.lost(missing))
 
@@ -369,11 +376,11 @@ class Controller:
             [(place, self._refers(one)) for place, one in zip(places, what.inputs, strict=True)]
         )
         life = self._effects.incarnation(what.task)
-        message = ms.Run(self._epoch, what.task, what.attempt, life, False, plain(stand), places, references)
+        named = plain(stand, self._spec.tasks)
+        message = ms.Run(self._epoch, what.task, what.attempt, life, False, named, places, references)
         if self._spec.tasks[what.task].external:
             commits = self._commits
             inputs = [commits.kept(one.task) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
-            named = plain(stand, self._spec.tasks)
             self._effects.start(what, message, inputs, commits.seen.by(what.task, commits.committed), named)
         else:
             self.send(what.rank, message)
@@ -428,6 +435,13 @@ class Controller:
     ) -> None:
         """Journal a record; *durable* or *failed* follows in the loop's thread."""
         self._recorder.append(record, durable, failed or self.broken)
+
+    def continued(self, task: int, attempt: int) -> None:
+        """The workflow has other tasks now: the next epoch begins with them, unless this run ends."""
+        if self._scheduler.is_ending:
+            self.tell(ev.TaskCommitted(task, attempt))
+        else:
+            self.begin_again()
 
     def begin_again(self) -> None:
         """End this epoch: the next one begins with what the journal says then."""

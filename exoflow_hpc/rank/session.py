@@ -277,7 +277,7 @@ class Session:
     ) -> Iterator[Controller]:
         """Be the controller of a workflow: its journal is ours, and its heartbeat moves; *run*: see `_lead`."""
         directory = storage.directory(workflow_id)
-        spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+        base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
         refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
         journal, past = Journal.open(directory)
         try:
@@ -286,6 +286,8 @@ class Session:
             end = history.last_end(past.records)
             if end is not None and end.status == history.Status.CANCELED:
                 raise history.canceled(workflow_id)
+            continued = history.continued(past.records)
+            spec = history.expanded(base, directory, continued)
             _check_output(directory, spec, journal, past, progress)
             (directory / "cancel").unlink(missing_ok=True)
             with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
@@ -303,6 +305,7 @@ class Session:
                     tally,
                     self.settings.lease,
                     found,
+                    continued,
                 )
         finally:
             journal.close()
@@ -316,7 +319,7 @@ class Session:
         self._loop.run_until(lambda: takeover.is_complete or self.store.closed)
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
-        tally.take_over(history.ran_in(past.records, run, spec), self._met, self._view)
+        tally.take_over(history.ran_in(past.records, run), self._met, self._view)
         found = takeover.found(spec, past.records, self.store)
         fault.point("controller.taken_over")
         return found

@@ -42,11 +42,6 @@ class Found:
     early: list[tuple[_Peer, ms.Message]] = field(default_factory=list)
 
     @property
-    def kept(self) -> list[list[int]]:
-        """As in `messages.Begin`."""
-        return [[one.task, one.attempt] for one in self.survivors.values()]
-
-    @property
     def running(self) -> dict[int, tuple[int, int]]:
         """Task → (attempt, rank) of what runs."""
         return {task: (one.attempt, one.rank) for task, one in self.survivors.items() if one.running}
@@ -99,22 +94,22 @@ class Takeover:
         """Return what counts of the reports, and have the store delete the rest; blocks on the other ranks."""
         facts = history.facts_of(spec, past)
         run = self._question.run
+        named = {task.name: task.index for task in spec.tasks}
         outputs = {
             (task, attempt): Output(attempt, Meta.from_wire(meta), data, rank)
             for rank, report in self._reports.items()
             for task, attempt, meta, _, data, _ in report.made
         }
-        ids = {which: output_id(run, spec.tasks[which[0]].name, which[1]) for which in outputs}
+        ids = {which: output_id(run, *which) for which in outputs}
         stored = [ids[which] for which, output in outputs.items() if output.data is None]
         present = store.located(stored) if stored else frozenset()
         gone = {which for which, output in outputs.items() if output.data is None and ids[which] not in present}
-        named = {task.name: task.index for task in spec.tasks}
         survivors = [
-            Survivor(row[0], row[1], rank, running, stand_of(row[-1]))
+            Survivor(named[row[0]], row[1], rank, running, stand_of(row[-1], named))
             for rank, report in self._reports.items()
             for running, rows in ((False, report.made), (True, report.running))
             for row in rows
-            if running or (row[0], row[1]) not in gone
+            if row[0] in named and (running or (row[0], row[1]) not in gone)
         ]
         standing = [stand_of(record.stand, named) for record in facts.committed.values()]
         standing += [stand_of(start.stand, named) for start in facts.effects.values()]
@@ -127,19 +122,21 @@ class Takeover:
             survivors,
         )
         for (task, attempt), output in outputs.items():
-            one = kept.get(task)
+            one = kept.get(named.get(task, -1))
             if output.data is None and (one is None or one.running or one.attempt != attempt):
                 store.delete(ids[task, attempt])
         ranks = {rank: (self._asked[rank], report.slots) for rank, report in self._reports.items()}
-        return Found(run, ranks, kept, _chosen(kept, outputs), self._early)
+        return Found(run, ranks, kept, _chosen(spec, kept, outputs), self._early)
 
 
-def _chosen(kept: Mapping[int, Survivor], outputs: Mapping[tuple[int, int], Output]) -> dict[int, Output]:
+def _chosen(
+    spec: WorkflowSpec, kept: Mapping[int, Survivor], outputs: Mapping[tuple[str, int], Output]
+) -> dict[int, Output]:
     found = {}
     for task, one in kept.items():
         if one.running:
             continue
-        output = outputs[task, one.attempt]
+        output = outputs[spec.tasks[task].name, one.attempt]
         checksum = "" if output.data is None else serialize.checksum(output.meta, output.data)
         found[task] = Output(output.attempt, output.meta, output.data, one.rank, checksum)
     return found
