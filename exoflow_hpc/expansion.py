@@ -12,12 +12,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .spec import TaskSpec, WorkflowSpec
+from .spec import SEPARATOR, TaskSpec, WorkflowSpec
 
-__all__ = ["SEPARATOR", "expand"]
-
-#: between the name of a task and those of the tasks that it goes on with; names that users give have none
-SEPARATOR = "/"
+__all__ = ["expand"]
 
 
 @dataclass

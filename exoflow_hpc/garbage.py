@@ -89,8 +89,10 @@ def _collect(storage: Storage, workflow_id: str, directory: Path, retention: str
     # what counted when the older epochs were sealed counts until the next seal: what was voided since may be in use
     standing = [*_standing(past.records), *_standing(past.records[: _records_before(past, sealed)])]
     end = history.last_end(past.records)
-    # what was voided may be given to a rollback yet
+    # what was voided may be given to a rollback yet, and says what the workflow's tasks are
     undo = set() if end is not None and end.status == Status.SUCCESSFUL else history.kept_files(past.records)
+    for known in (past.records, past.records[: _records_before(past, sealed)]):
+        undo.update(where["file"] for _, where, *_ in history.continued(known) if "file" in where)
     _free(directory, listed, _files(standing) | undo, sealed, freed)
     if end is None:
         return

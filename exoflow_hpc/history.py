@@ -267,12 +267,9 @@ def standing_outputs(history: Iterable[dict[str, Any]]) -> dict[str, records.Tas
 
 
 def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the checkpoint files that rollbacks may yet be given, and those with what tasks continue with, void or not.
-
-    The former are inputs and outputs of effects that were not undone.
-    """
+    """Return the checkpoint files that rollbacks may yet be given: inputs and outputs of effects that were not undone, void or not."""
     facts = facts_by_name(history)
-    kept = {file for record in (*facts.results.values(), *facts.continued.values()) for file in record.files}
+    kept = {file for record in facts.results.values() for file in record.files}
     for start in facts.effects.values():
         for wire in start.inputs:
             place, _, _, references = records.kept_input(wire)

@@ -229,6 +229,7 @@ class Scheduler:
             self._rollbacks_begun,
             found,
             found_running,
+            self.spec.ends,
         )
         if begin.conflict is not None:
             self._refuse(*begin.conflict)

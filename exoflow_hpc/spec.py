@@ -13,7 +13,10 @@ import msgpack
 from .errors import CorruptCheckpointError, ExoFlowError
 from .payload import load_arguments, load_function, load_value
 
-__all__ = ["TaskSpec", "WorkflowSpec"]
+__all__ = ["SEPARATOR", "TaskSpec", "WorkflowSpec"]
+
+#: between the name of a task and those of the tasks that it continues with; names that users give have none
+SEPARATOR = "/"
 
 #: at the begin of the file; the digit is the version of what follows
 _MAGIC = b"EXOSPEC1"
@@ -70,6 +73,11 @@ class TaskSpec:
     def arguments(self, output: Any, blob: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs): ``output(index)`` gives the output of a task, ``blob(key)`` the value of a blob."""
         return load_arguments(self.args, lambda position: output(self.data[position]), blob)
+
+    @property
+    def scope(self) -> str:
+        """Name of the task that has continued with the DAG that it is of; empty: it was submitted."""
+        return self.name.rpartition(SEPARATOR)[0]
 
     @property
     def needed_blobs(self) -> tuple[str, ...]:

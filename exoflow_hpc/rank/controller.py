@@ -135,6 +135,8 @@ class Controller:
         }
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
+        #: it begins in the same run, with what runs and is in memory: nothing of that is worth less than it was
+        self.goes_on = False
         self.outcome: Outcome | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -440,8 +442,14 @@ class Controller:
         """The workflow has other tasks now: the next epoch begins with them, unless this run ends."""
         if self._scheduler.is_ending:
             self.tell(ev.TaskCommitted(task, attempt))
-        else:
+        elif self.outcome is None:
+            self.goes_on = True
             self.begin_again()
+
+    @property
+    def run(self) -> str:
+        """As in `messages.Begin`."""
+        return self._run
 
     def begin_again(self) -> None:
         """End this epoch: the next one begins with what the journal says then."""
@@ -497,11 +505,13 @@ class Controller:
         self.outcome = self._tally.outcome(status, error, len(self._spec.tasks))
         self._show()
         with contextlib.suppress(ClosedError, EvictedError):
+            for key in self._references.in_memory:
+                self._store.delete(self._id(*key))
+            if self.goes_on:
+                return
             for task, output in self._outputs.items():
                 if output.data is None:
                     self._store.delete(self._id(task, output.attempt))
-            for key in self._references.in_memory:
-                self._store.delete(self._id(*key))
             for task, attempt in self._running:  # what still comes of it is taken for late
                 self._store.delete(self._id(task, attempt))
 

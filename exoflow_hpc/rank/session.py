@@ -222,20 +222,21 @@ class Session:
     def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool, run: str = "") -> Ended:
         """Control the run of a workflow; *run*: the one in which another rank did until it was lost."""
         progress = ProgressLine(workflow_id, terminal=terminal, quiet=quiet)
-        tally = Tally()
+        tally, own = Tally(), False
         if run:
             progress.say(f"the rank that controlled the run is gone: rank {self.rank} goes on")
             fault.point("controller.take_over")
         try:
             while True:
-                with self._controlling(storage, workflow_id, progress, tally, run) as controller:
+                with self._controlling(storage, workflow_id, progress, tally, run, own) as controller:
                     self._controller = controller
                     controller.start(self._view)
                     self._watch_for_cancel(controller, storage.directory(workflow_id))
                     self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
                 if not controller.must_begin_again:
                     break
-                run = ""
+                own = controller.goes_on
+                run = controller.run if own else ""
         except ExoFlowError as error:
             interrupted = isinstance(error, (FencedError, StorageError)) or bool(run)
             status = history.Status.RESUMABLE if interrupted else REFUSED
@@ -273,12 +274,15 @@ class Session:
 
     @contextlib.contextmanager
     def _controlling(
-        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str
+        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str, own: bool
     ) -> Iterator[Controller]:
-        """Be the controller of a workflow: its journal is ours, and its heartbeat moves; *run*: see `_lead`."""
+        """Be the controller of a workflow: its journal is ours, and its heartbeat moves.
+
+        run: see `_lead`; own: it was this rank that has controlled it until now.
+        """
         directory = storage.directory(workflow_id)
         base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-        refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
+        refuse_if_active(directory, workflow_id, _STILL_BEATING if run and not own else 0.0)
         journal, past = Journal.open(directory)
         try:
             for tail in past.torn:
@@ -291,7 +295,7 @@ class Session:
             _check_output(directory, spec, journal, past, progress)
             (directory / "cancel").unlink(missing_ok=True)
             with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
-                found = self._find(directory, spec, journal, past, run, tally) if run else None
+                found = self._find(directory, spec, journal, past, run, tally, own) if run else None
                 yield Controller(
                     workflow_id,
                     directory,
@@ -311,16 +315,19 @@ class Session:
             journal.close()
 
     def _find(
-        self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally
+        self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally, own: bool
     ) -> Found:
-        """Ask all ranks what there is of a run whose controller is lost."""
+        """Ask all ranks what there is of a run whose controller is lost, or was this rank itself."""
         self._controller = takeover = Takeover(journal.epoch, str(directory), run, self._send)
         takeover.start(self._view)
         self._loop.run_until(lambda: takeover.is_complete or self.store.closed)
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
-        tally.take_over(history.ran_in(past.records, run), self._met, self._view)
+        if not own:
+            tally.take_over(history.ran_in(past.records, run), self._met, self._view)
         found = takeover.found(spec, past.records, self.store)
+        if own:
+            tally.go_on(found.survivors)
         fault.point("controller.taken_over")
         return found
 

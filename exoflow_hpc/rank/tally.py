@@ -43,6 +43,10 @@ class Tally:
         self.lost = sum(not view.has(rank, incarnation) for rank, incarnation in self.known)
         self.rejoined = sum(incarnation > 0 for _, incarnation in self.known)
 
+    def go_on(self, kept: Collection[int]) -> None:
+        """Take what was counted already, and is counted again, since the next controller goes on with it."""
+        self.dispatches -= len(kept)
+
     def joins(self, rank: int, incarnation: int) -> bool:
         """Take a rank that has come; return whether it takes the place of one that was lost."""
         new = (rank, incarnation) not in self.known
@@ -61,7 +65,7 @@ class Tally:
     def outcome(self, status: str, error: ExoFlowError | None, tasks: int) -> Outcome:
         """Return how the run ended; *tasks*: how many the workflow has."""
         counters = Counters(
-            len(self.ran), max(0, tasks - len(self.ran)), self.dispatches - len(self.ran), self.rolled_back
+            len(self.ran), max(0, tasks - len(self.ran)), max(0, self.dispatches - len(self.ran)), self.rolled_back
         )
         return Outcome(
             status,

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from exoflow_hpc import heartbeat, journal
+from exoflow_hpc.expansion import expand
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.controller import Controller
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.tally import Tally
-from exoflow_hpc.serialize import pack
+from exoflow_hpc.serialize import pack, unpack
+from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol.view import Member, View
 from tests.exoflow_hpc.journals import make as make_workflow
 from tests.exoflow_hpc.semantics.world import make_spec
@@ -55,9 +57,12 @@ def view(number: int, *ranks: int) -> View:
 class Harness:
     """A controller whose agents say what a test says; each has one worker."""
 
-    def __init__(self, directory: Path, rows: list[dict[str, Any]], *ranks: int) -> None:
-        make_workflow(directory)
-        (directory / "checkpoints").mkdir()
+    def __init__(
+        self, directory: Path, rows: list[dict[str, Any]], *ranks: int, continued: dict[str, list[Any]] | None = None
+    ) -> None:
+        if not (directory / "checkpoints").exists():
+            make_workflow(directory)
+            (directory / "checkpoints").mkdir()
         self.directory = directory
         self.journal, past = journal.Journal.open(directory)
         self.sent: list[tuple[int, Any]] = []
@@ -65,7 +70,7 @@ class Harness:
         self.controller = Controller(
             "w",
             directory,
-            make_spec(rows),
+            expand(make_spec(rows), {task: make_spec(sub) for task, sub in (continued or {}).items()}),
             self.journal,
             past.records,
             self.store,  # type: ignore[arg-type]
@@ -108,12 +113,13 @@ class Harness:
         self.sent.clear()
         return found
 
-    def finished(self, rank: int, run: ms.Run, value: Any, large: bool = False) -> None:
+    def finished(self, rank: int, run: ms.Run, value: Any, large: bool = False, continued: str = "") -> None:
         packed = pack(value)
         data = None if large else packed.to_bytes()
         nbytes = LARGE if large else packed.nbytes
         meta = packed.meta.to_wire()
-        self.say(rank, ms.Finished(self.epoch, run.task, run.attempt, meta, nbytes, data, 0.1))
+        said = ms.Finished(self.epoch, run.task, run.attempt, meta, nbytes, data, 0.1, continued=continued)
+        self.say(rank, said)
 
     def written(self, rank: int, task: int, attempt: int, value: Any) -> None:
         meta = pack(value).meta.to_wire()
@@ -130,8 +136,8 @@ class Harness:
 def harness(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
     made: list[Harness] = []
 
-    def make(rows: list[dict[str, Any]], *ranks: int) -> Harness:
-        made.append(Harness(tmp_path, rows, *ranks))
+    def make(rows: list[dict[str, Any]], *ranks: int, **options: Any) -> Harness:
+        made.append(Harness(tmp_path, rows, *ranks, **options))
         return made[-1]
 
     yield make
@@ -315,3 +321,73 @@ def test_what_nobody_refers_to_any_more_is_deleted(harness: Callable[..., Harnes
     one.finished(rank, run, "the end")
     one.settle()
     assert oid in one.store.deleted
+
+
+def test_a_task_that_continues(harness: Callable[..., Harness]) -> None:
+    """Nobody is given its output; once that is committed, whatever the options say, the next epoch begins, with all as it is."""
+    one = harness([{}, {"data": (0,)}, {"after": (0,), "data": ()}, {"data": (1, 2)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, b"a spec", continued="fingerprint")
+    assert one.take(ms.Run) == []
+    one.settle()
+    assert [record["continued"] for record in one.commits()] == ["fingerprint"]
+    assert one.controller.must_begin_again
+    assert one.controller.goes_on
+    assert one.take(ms.Run) == []
+    assert one.store.deleted == []
+
+
+def test_what_continues_is_the_same_by_its_fingerprint(harness: Callable[..., Harness]) -> None:
+    """Another pickle of it is no deviation, another DAG is (R12)."""
+    for continued, deviates in (("one", False), ("other", True)):
+        one = harness([{"checkpoint": "sync"}], 0)
+        ((rank, run),) = one.take(ms.Run)
+        one.finished(rank, run, b"a spec", large=True, continued="one")
+        one.settle()
+        one.say(rank, ms.WriteFailed(one.epoch, 0, run.attempt, "its bytes are gone", 0, lost=True))
+        one.settle()
+        ((rank, run),) = one.take(ms.Run)
+        one.finished(rank, run, b"another", large=True, continued=continued)
+        one.settle()
+        assert one.controller.must_begin_again == deviates
+        one.journal.close()
+
+
+def test_what_had_continued_and_returns_a_value(harness: Callable[..., Harness]) -> None:
+    """The workflow has fewer tasks then: what was to come after it does not."""
+    one = harness([VARIES, {"data": (0,)}], 0, continued={"t0": [{}]})
+    ((rank, run),) = one.take(ms.Run)
+    assert run.task == 0
+    one.finished(rank, run, 1)
+    one.settle()
+    assert one.take(ms.Run) == []
+    assert ["continued" in record for record in one.commits()] == [False]
+    assert one.controller.goes_on
+
+
+def test_tasks_of_a_continuation_are_given_nothing_of_it(harness: Callable[..., Harness]) -> None:
+    one = harness([{}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, b"a spec", continued="fingerprint")
+    one.settle()
+    one.journal.close()
+    other = harness([{}], 0, continued={"t0": [{}]})
+    ((_, run),) = other.take(ms.Run)
+    (place,) = run.inputs
+    assert (run.task, place.kind) == (1, "inline")
+    assert unpack(Meta.from_wire(place.meta or []), place.data) is None
+
+
+def test_a_run_that_ends_is_not_begun_again_for_a_continuation(harness: Callable[..., Harness]) -> None:
+    one = harness([{}, {"data": (0,)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, b"a spec", large=True, continued="fingerprint")
+    one.settle()
+    one.controller.cancel()
+    one.written(rank, 0, run.attempt, 1)
+    one.settle()  # the commit, and then the end
+    one.settle()
+    assert one.controller.outcome is not None
+    assert one.controller.outcome.status == "CANCELED"
+    assert not one.controller.must_begin_again
+    assert len(one.commits()) == 1
