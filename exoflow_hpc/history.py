@@ -13,7 +13,7 @@ from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowErr
 from exoflow_hpc.expansion import expand
 from exoflow_hpc.references import StoredObjects, resolving
 from exoflow_hpc.semantics import descendants
-from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.spec import SEPARATOR, WorkflowSpec
 from exoflow_hpc.storage import Storage
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "ran_in",
     "standing_outputs",
     "status_of",
+    "without_damaged",
 ]
 
 
@@ -126,6 +127,10 @@ def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None =
 
 def _void(facts: Facts[str], record: records.TaskVoided | records.TaskExpired) -> None:
     task = record.task_id
+    if (
+        isinstance(record, records.TaskVoided) and not record.lost
+    ):  # it is damaged: nobody can know what it was continued with
+        facts.continued.pop(task, None)
     known = facts.committed.pop(task, None)
     if known is None:
         return
@@ -239,6 +244,34 @@ def continued(history: Iterable[dict[str, Any]]) -> list[list[Any]]:
 def expanded(base: WorkflowSpec, workflow_dir: Path, continued: Iterable[list[Any]]) -> WorkflowSpec:
     """Return the spec of a workflow with what its tasks continue with (`continued`). CorruptCheckpointError, StorageError."""
     return expand(base, {task: _continuation(workflow_dir, task, *where) for task, *where in continued})
+
+
+def without_damaged(workflow_dir: Path, history: Iterable[dict[str, Any]]) -> list[records.TaskVoided]:
+    """Return the records by which a workflow can go on without those continuations that are damaged: their tasks run again.
+
+    CorruptCheckpointError: there are effects of what one has continued with, which only that could undo. StorageError.
+    """
+    known = list(history)
+    facts, found = facts_by_name(known), list[records.TaskVoided]()
+    for task, *where in continued(known):
+        try:
+            _continuation(workflow_dir, task, *where)
+        except CorruptCheckpointError as error:
+            below = task + SEPARATOR
+            effects = ", ".join(name for name in facts.effects if name.startswith(below))
+            if effects:
+                raise CorruptCheckpointError(
+                    f"{error}; it is what task {task} has continued with, and the effects of {effects} could not be undone without it: "
+                    "restore the file from a backup"
+                ) from error
+            found.append(records.TaskVoided(task, facts.continued[task].attempt, str(error)))
+            gone = {one.task_id for one in found}
+            found += [
+                records.TaskVoided(name, one.attempt, "what it is of is damaged", lost=True)
+                for name, one in facts.committed.items()
+                if name.startswith(below) and name not in gone
+            ]
+    return found
 
 
 def load_spec(storage: Storage, workflow_id: str, history: Iterable[dict[str, Any]]) -> WorkflowSpec:

@@ -290,6 +290,7 @@ class Session:
             end = history.last_end(past.records)
             if end is not None and end.status == history.Status.CANCELED:
                 raise history.canceled(workflow_id)
+            _give_up_damaged(directory, journal, past, progress)
             continued = history.continued(past.records)
             spec = history.expanded(base, directory, continued)
             _check_output(directory, spec, journal, past, progress)
@@ -349,6 +350,16 @@ class Session:
         self._agent.close()
         if self._own_store:
             self.store.close()
+
+
+def _give_up_damaged(directory: Path, journal: Journal, past: History, progress: ProgressLine) -> None:
+    """Void what tasks have continued with that is damaged, and what has come of that."""
+    for voided in history.without_damaged(directory, past.records):
+        if not voided.lost:
+            progress.say(f"{voided.message}; task {voided.task_id} runs again")
+        record = records.encode(voided)
+        journal.append(record).result()
+        past.records.append(record)
 
 
 def _check_output(directory: Path, spec: WorkflowSpec, journal: Journal, past: History, progress: ProgressLine) -> None:

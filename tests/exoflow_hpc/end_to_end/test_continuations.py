@@ -142,6 +142,57 @@ def test_killed_around_the_record(cli: Cli, point: str) -> None:
     assert {task: len(each) for task, each in commits.items()} == dict.fromkeys(commits, 1)
 
 
+@pytest.mark.parametrize(
+    "fault", ["0:controller.continued", "0:journal.sealed=kill@2", "1:agent.report", "1:agent.kept"]
+)
+def test_a_rank_is_lost_as_the_workflow_changes(cli: Cli, fault: str) -> None:
+    """The one that controls the run, or the other one: who is left knows the tasks by their names."""
+    fired = cli.directory / "fired"
+    fired.mkdir()
+    faults = {"HOPLITE_FAULT": fault if "=" in fault else f"{fault}=kill", "HOPLITE_FAULT_FIRED": str(fired)}
+    args = ["--id", "w", "--ranks", "2", "--json", "--input", f"directory={cli.directory}"]
+    result = cli("run", cli.file(OUTSIDE + EFFECTS), *args, EXOFLOW_LEASE="2", **faults)
+    assert list(fired.iterdir())
+    assert result.code == 0, result.text
+    first, second = result.json["output"]
+    assert set(effects(cli).values()) == {first} == {second}
+    assert cli.times("decide") == {"0": 1}
+
+
+def test_a_damaged_continuation(cli: Cli) -> None:
+    """Its task runs again, and so does what has come of it."""
+    body = """
+@ef.task(checkpoint="sync")
+def big(directory, array):
+    log(directory, "big", 0)
+    return int(array.sum())
+
+@ef.task
+def begin(directory):
+    log(directory, "begin", 0)
+    return ef.continuation(big.bind(directory, np.full(20_000, 7)))
+
+def workflow(directory):
+    return gated.bind(directory, 0, [begin.bind(directory)])
+"""
+    started = cli.start(*run(cli, body), "--ranks", "1")
+    cli.wait_until(lambda: cli.times("gated") or started.popen.poll() is not None, "it comes to the gate")
+    cli.kill_all()
+    cli.open_gate()
+    name = cli.damage("w", "begin", 7)
+    assert name in cli("verify", "w").text
+    result = cli("resume", "w", "--ranks", "1", "--json")
+    assert result.values[0] == 14_000_000
+    assert "task begin runs again" in result.stderr
+    assert "deterministic" not in result.stderr
+    assert cli.times("begin") == cli.times("big") == {"0": 2}
+    assert cli("verify", "w").code == 0
+    cli.damage("w", "begin", 7)
+    assert cli("output", "w").code != 0
+    assert cli("resume", "w", "--ranks", "1").code == 0
+    assert cli("output", "w", "--json").json["output"] == 14_000_000  # it had succeeded: nothing needs what was damaged
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_what_it_came_from_is_lost(cli: Cli, large: bool) -> None:
     """It goes on anew, and what it had gone on with is undone first, by its own function."""
