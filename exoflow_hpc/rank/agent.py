@@ -198,6 +198,8 @@ class Agent:
             for job in self._jobs.values():
                 job.run, job.task = renamed.run(job.run), spec.tasks[renamed.task(job.run.task)]
             self._jobs = {(job.run.task, job.run.attempt): job for job in self._jobs.values()}
+            if not message.lease:
+                self._pool.set_lease(None)
             unsaid = [said for one in unsaid if (said := renamed.said(one, message.epoch, kept)) is not None]
             fault.point("agent.kept")
         else:

@@ -447,6 +447,11 @@ class Controller:
             self.begin_again()
 
     @property
+    def epoch(self) -> int:
+        """In which this one controls the workflow."""
+        return self._epoch
+
+    @property
     def run(self) -> str:
         """As in `messages.Begin`."""
         return self._run

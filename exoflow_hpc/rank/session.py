@@ -222,7 +222,7 @@ class Session:
     def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool, run: str = "") -> Ended:
         """Control the run of a workflow; *run*: the one in which another rank did until it was lost."""
         progress = ProgressLine(workflow_id, terminal=terminal, quiet=quiet)
-        tally, own = Tally(), False
+        tally, own = Tally(), 0
         if run:
             progress.say(f"the rank that controlled the run is gone: rank {self.rank} goes on")
             fault.point("controller.take_over")
@@ -235,7 +235,7 @@ class Session:
                     self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
                 if not controller.must_begin_again:
                     break
-                own = controller.goes_on
+                own = controller.epoch if controller.goes_on else 0
                 run = controller.run if own else ""
         except ExoFlowError as error:
             interrupted = isinstance(error, (FencedError, StorageError)) or bool(run)
@@ -274,16 +274,17 @@ class Session:
 
     @contextlib.contextmanager
     def _controlling(
-        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str, own: bool
+        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str, own: int
     ) -> Iterator[Controller]:
         """Be the controller of a workflow: its journal is ours, and its heartbeat moves.
 
-        run: see `_lead`; own: it was this rank that has controlled it until now.
+        run: see `_lead`; own: the epoch in which this rank has controlled it until now, 0: it has not.
         """
         directory = storage.directory(workflow_id)
         base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-        refuse_if_active(directory, workflow_id, _STILL_BEATING if run and not own else 0.0)
-        journal, past = Journal.open(directory)
+        if not own:
+            refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
+        journal, past = Journal.open(directory, after=own or None)
         try:
             for tail in past.torn:
                 progress.say(f"{tail.file}: {tail.nbytes} bytes at its end were never acknowledged and are dropped")
@@ -294,10 +295,11 @@ class Session:
             continued = history.continued(past.records)
             spec = history.expanded(base, directory, continued)
             _check_output(directory, spec, journal, past, progress)
-            (directory / "cancel").unlink(missing_ok=True)
-            with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
-                found = self._find(directory, spec, journal, past, run, tally, own) if run else None
-                yield Controller(
+            if not own:
+                (directory / "cancel").unlink(missing_ok=True)
+            with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch) as beat:
+                found = self._find(directory, spec, journal, past, run, tally, bool(own)) if run else None
+                controller = Controller(
                     workflow_id,
                     directory,
                     spec,
@@ -312,6 +314,8 @@ class Session:
                     found,
                     continued,
                 )
+                yield controller
+                beat.handed_on = controller.goes_on
         finally:
             journal.close()
 
