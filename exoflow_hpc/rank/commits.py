@@ -88,7 +88,7 @@ class Commits:
         self._writing_puts: dict[Key, int] = {}
         #: outputs with references whose commits were begun
         self._pending: dict[Which, _Pending] = {}
-        #: `Output.continued` of those whose commits were begun
+        #: `Output.continued` of those whose commits were begun and are not durable
         self._continuing: dict[Which, str] = {}
 
     # -- commits
@@ -211,6 +211,7 @@ class Commits:
             self._effects.committed(task, record)
             self._told(nbytes)
             if continued or task in self._spec.ends:  # the workflow is another one from here on
+                self._continuing.pop((task, attempt), None)
                 fault.point("controller.continued")
                 self._driver.continued(task, attempt)
             else:
@@ -220,6 +221,11 @@ class Commits:
             self._driver.tell(ev.CommitFailed(task, attempt, error, retryable=False))
 
         self._driver.append(record, durable, failed)
+
+    @property
+    def are_continuing(self) -> bool:
+        """Whether something that a task continues with is about to be durable, unless that fails."""
+        return bool(self._continuing)
 
     def kept(self, task: int) -> list[Any]:
         """Return where an output is for good, or what it is: what a rollback of a task that takes it will be given."""

@@ -48,6 +48,8 @@ __all__ = ["Controller"]
 
 #: seconds that a task takes at most for the next ones to be dispatched before a worker is free
 _QUICK = 0.002
+#: seconds that the next epoch waits at most for what other tasks continue with, once it is to begin for one
+_GATHER = 0.05
 
 log = logging.getLogger("exoflow_hpc.controller")
 
@@ -137,6 +139,8 @@ class Controller:
         self.must_begin_again = False
         #: it begins in the same run, with what runs and is in memory: nothing of that is worth less than it was
         self.goes_on = False
+        #: (task, attempt) of those that have continued, durably
+        self._changes: list[tuple[int, int]] = []
         self.outcome: Outcome | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -440,9 +444,21 @@ class Controller:
 
     def continued(self, task: int, attempt: int) -> None:
         """The workflow has other tasks now: the next epoch begins with them, unless this run ends."""
+        if not self._changes:
+            self._loop.after(_GATHER, self._go_on)
+        self._changes.append((task, attempt))
+        if self._scheduler.is_ending or not self._commits.are_continuing:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Begin the next epoch with the tasks that there are now, if there is to be one."""
+        if self.outcome is not None:
+            return
         if self._scheduler.is_ending:
-            self.tell(ev.TaskCommitted(task, attempt))
-        elif self.outcome is None:
+            changes, self._changes = self._changes, []
+            for which in changes:
+                self.tell(ev.TaskCommitted(*which))
+        else:
             self.goes_on = True
             self.begin_again()
 
