@@ -150,7 +150,9 @@ def agreeing(
     found: dict[int, Survivor] = {}
     for one in survivors:
         task = tasks[one.task]
-        if one.task in doubtful or one.stand is None or (unsure and one.stand):
+        if one.task in doubtful or one.stand is None:
+            continue
+        if unsure and (one.stand or (not task.deterministic and one.task not in committed)):
             continue
         if one.task in committed:
             if one.running or committed[one.task] != one.attempt:

@@ -54,20 +54,26 @@ def _run(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
 def _run_as_rank(options: Any, prepare: Callable[[], tuple[Storage, str]]) -> int:
     session = api.rank_session()
 
+    known: list[Storage] = []
+
     def prepared() -> tuple[Storage, str]:
         storage, options.workflow_id = prepare()
+        known.append(storage)
         return storage, options.workflow_id
 
     try:
         ended = session.run(prepared, repeatable=options.id is not None, quiet=options.quiet)
         if not session.led:
             return exit_code(ended.status)  # the one that controls the run says why
+        if ended.directory:
+            known.append(Storage(Path(ended.directory).parent.parent, create=False))
+            options.workflow_id = ended.workflow_id
         if ended.status == REFUSED and ended.error is not None:
             raise ended.error
-        if not ended.directory:
+        if not known:  # it was lost before it began
+            print(f"exoflow_hpc: {ended.error}", file=sys.stderr)
             return exit_code(ended.status)
-        options.workflow_id = ended.workflow_id
-        return _put(options, summary.summarize(Storage(Path(ended.directory).parent.parent, create=False), ended))
+        return _put(options, summary.summarize(known[-1], ended))
     finally:
         session.close()
 

@@ -19,14 +19,13 @@ from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.made import Made, MadeOutputs
-from exoflow_hpc.rank.naming import is_reference, output_id, reference_id
+from exoflow_hpc.rank.naming import is_of_run, output_id, reference_id
 from exoflow_hpc.rank.reducing import Reducer
 from exoflow_hpc.rank.renumbering import Renumbering
 from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
-from exoflow_hpc.succession import shown
 from exoflow_hpc.worker.pool import WorkerPool
 from exoflow_hpc.worker.protocol import (
     ArenaInput,
@@ -157,12 +156,11 @@ class Agent:
         with contextlib.suppress(ClosedError, EvictedError, FileNotFoundError):  # the arena goes with the store
             for oid in self._loaded.values():
                 self._store.delete(oid)
-            if (
-                self._begun is not None
-            ):  # what was put by attempts that were not kept, here or by a rank of this node that is gone
-                for known in list(self._arena.objects()):
-                    if is_reference(known.oid, self._begun.run):
-                        self._arena.delete(known.oid)
+            # what attempts have left that were not kept, here or on a rank of this node that is gone
+            run = "" if self._begun is None else self._begun.run
+            for known in list(self._arena.objects()) if run else ():
+                if is_of_run(known.oid, run):
+                    self._arena.delete(known.oid)
         self._loaded.clear()
 
     def _stop(self, jobs: Iterable[Job]) -> None:
@@ -182,7 +180,7 @@ class Agent:
         if (
             self._begun is not None
             and self._begun.workflow_dir == message.workflow_dir
-            and message.epoch <= self._begun.epoch
+            and (message.epoch <= self._begun.epoch or message.epoch < self._epoch)
         ):
             return
         storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
@@ -225,8 +223,8 @@ class Agent:
         if mine:
             self._epoch, self._controller = message.epoch, rank
             self._unsaid = self._unsaid or []
-            # a rollback may be called again, and is; what was canceled is void
-            self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled])
+            # a rollback may be called again, and is; what was canceled is void; what is damaged is to be found out again
+            self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled or job.stuck])
             made = [[m.task, m.attempt, m.meta, m.nbytes, m.data, m.stand] for m in self._made.all()]
             running = [
                 [job.task.name, job.run.attempt, None if job.run.references else job.run.stand]
@@ -326,6 +324,7 @@ class Agent:
     def _found_corrupt(self, job: Job, position: int, text: str) -> None:
         """Tell the controller, which begins again without that output; the attempt waits until then."""
         if not job.over:
+            job.stuck = True
             place = job.place(position)
             self._reply(ms.Corrupt(self._epoch, place.task, place.attempt, text, place.index))
 
@@ -361,7 +360,7 @@ class Agent:
         run, task, spec = job.run, job.task, self._spec
         blobs = (*task.needed_blobs, task.rollback) if run.rollback else task.needed_blobs
         request = TaskRequest(
-            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, shown(run.attempt), self._epoch),
+            identity=TaskIdentity(self._begun.workflow_id, task.name, run.incarnation, run.attempt, self._epoch),
             function=task.function,
             retry=task.retry,
             args=task.args,

@@ -154,11 +154,15 @@ class Controller:
             self.tell(ev.RankJoined(rank, incarnation, slots))
             self._admit(rank, incarnation)
         self._invite(view)
-        self._do(self._scheduler.handle(ev.Start()))
+        begun = self._scheduler.handle(ev.Start())
+        kept = [task for task in self._found.survivors if task not in self._commits.committed]
+        self._commits.seen.begin([*self._scheduler.wanted, *kept])
+        outputs = [(task, self._found.outputs[task].checksum) for task in kept if task in self._found.outputs]
+        deviating = [task for task, checksum in outputs if checksum and self._commits.deviates(task, checksum)]
+        if deviating:
+            return  # the next epoch follows
+        self._do(begun)
         self.on_view(view, ())  # a rank may have been lost since it reported
-        for peer, message in self._found.early:
-            self.handle(*peer, message)
-        self._commits.seen.begin(self._scheduler.wanted)
         self._effects.begin()
         self._show()
 

@@ -34,6 +34,8 @@ class Job:
     #: monotonic time at which the pool got it
     submitted: float = 0.0
     canceled: bool = False
+    #: it waits for the controller to begin again without an input that is damaged
+    stuck: bool = False
     over: bool = False
 
     @property

@@ -6,26 +6,29 @@ import hashlib
 
 from hoplite_mpi.ids import ObjectID
 
-__all__ = ["is_reference", "output_id", "reference_id"]
+__all__ = ["is_of_run", "output_id", "reference_id"]
 
-#: bytes by which what was put in a run is told from all else
+#: bytes by which what was made in a run is told from all else
 _MARK = 6
 
 
 def output_id(run: str, task: str, attempt: int) -> ObjectID:
     """Return the id of the output of an attempt in a run (`Begin.run`)."""
-    return ObjectID.from_name(f"exoflow/{run}/{task}/{attempt}")
+    return _marked(run, f"exoflow/{run}/{task}/{attempt}")
 
 
 def reference_id(run: str, output: ObjectID, index: int) -> ObjectID:
     """Return the id of the index-th object that was put by the attempt with that output."""
-    name = ObjectID.from_name(f"exoflow/{output.hex()}/{index}")
-    return ObjectID(_mark(run) + bytes(name)[_MARK:])
+    return _marked(run, f"exoflow/{output.hex()}/{index}")
 
 
-def is_reference(oid: ObjectID, run: str) -> bool:
-    """Whether an attempt of that run has put the object."""
+def is_of_run(oid: ObjectID, run: str) -> bool:
+    """Whether an attempt of that run has made the object."""
     return bytes(oid).startswith(_mark(run))
+
+
+def _marked(run: str, name: str) -> ObjectID:
+    return ObjectID(_mark(run) + bytes(ObjectID.from_name(name))[_MARK:])
 
 
 def _mark(run: str) -> bytes:

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exoflow_hpc import heartbeat, history, records
+from exoflow_hpc import heartbeat, history, journal, records
 from exoflow_hpc.checkpoint import WriterClient
-from exoflow_hpc.errors import CorruptCheckpointError, ExoFlowError, FencedError, StorageError
+from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError, FencedError, StorageError
 from exoflow_hpc.journal import History, Journal
 from exoflow_hpc.outcome import REFUSED, Ended
 from exoflow_hpc.rank import messages as ms
@@ -55,6 +55,8 @@ _FOR_CONTROLLER = (
 _GOODBYE = 5.0
 #: seconds in which what the head said last comes, though it has left already: by another way than the new view
 _LAST_WORDS = 0.2
+#: seconds that ranks may take to report to a head that takes over
+_REPORTS = 15.0
 #: seconds for which a head that was lost may go on beating before its follower gives up: by then it knows that it is out of the view
 _STILL_BEATING = 30.0
 
@@ -130,7 +132,8 @@ class Session:
             if self._controller is not None:
                 self._controller.handle(*peer, message)
         elif isinstance(message, ms.Over):
-            self._leaving.discard(peer[0])
+            if message.epoch == self._goodbye.epoch:  # else it is of an earlier run
+                self._leaving.discard(peer[0])
         elif isinstance(message, ms.Hello):
             if self._controller is not None:
                 self._controller.greet(*peer)
@@ -171,11 +174,13 @@ class Session:
         show = sys.stderr.isatty() if terminal is None else terminal
         self.led = self._was_led = False
         try:
-            ended = None if self.is_head else self._follow()
-            if ended is not None:
-                return ended
+            going_on = None
+            if not self.is_head:
+                ended = self._follow()
+                if ended is not None:
+                    return ended
+                going_on = self._agent.run
             self.led = True
-            going_on = self._agent.run
             if going_on is not None:
                 workflow_id, directory, run = going_on
                 return self._lead(Storage(Path(directory).parent.parent, create=False), workflow_id, quiet, show, run)
@@ -226,6 +231,9 @@ class Session:
         if run:
             progress.say(f"the rank that controlled the run is gone: rank {self.rank} goes on")
             fault.point("controller.take_over")
+            ended = self._ended_before(storage, workflow_id)
+            if ended is not None:
+                return ended
         try:
             while True:
                 with self._controlling(storage, workflow_id, progress, tally, run, own) as controller:
@@ -240,17 +248,32 @@ class Session:
         except ExoFlowError as error:
             interrupted = isinstance(error, (FencedError, StorageError)) or bool(run)
             status = history.Status.RESUMABLE if interrupted else REFUSED
+            if run and isinstance(error, CanceledError):  # meanwhile
+                status = history.Status.CANCELED
             self.refuse(error, status)
-            return Ended(workflow_id, status, error)
+            return Ended(workflow_id, status, error, directory=self._agent.workflow_dir if run else "")
         finally:
             self._controller = None
         outcome = controller.outcome
         if outcome is None:
             why = "the others went on without the rank that controls the run: resume the workflow"
-            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why))
+            directory = str(storage.directory(workflow_id))
+            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why), directory=directory)
         self._dismiss(controller.end_message(), self._view.ranks)
         progress.finish(outcome.status)
         return Ended(workflow_id, outcome.status, outcome.error, outcome, str(storage.directory(workflow_id)))
+
+    def _ended_before(self, storage: Storage, workflow_id: str) -> Ended | None:
+        """Tell the others how a run has ended if it had when its head was lost, and return it."""
+        directory = storage.directory(workflow_id)
+        end = history.last_end(journal.read(directory).records)
+        if end is None:
+            return None
+        error = history.error_of(end) if end.status == history.Status.FAILED else None
+        if end.status == history.Status.CANCELED:
+            error = history.canceled(workflow_id)
+        self._dismiss(ms.End(0, end.status, ms.pack_error(error)), self._view.ranks)
+        return Ended(workflow_id, end.status, error, directory=str(directory))
 
     def refuse(self, error: BaseException, status: str = REFUSED) -> None:
         """Tell the other ranks that the run they wait for will not begin, or not go on."""
@@ -325,7 +348,8 @@ class Session:
         """Ask all ranks what there is of a run whose controller is lost, or was this rank itself."""
         self._controller = takeover = Takeover(journal.epoch, str(directory), run, self._send)
         takeover.start(self._view)
-        self._loop.run_until(lambda: takeover.is_complete or self.store.closed)
+        # one that is not in a run may be at its own work for long: it is taken for one that has nothing
+        self._loop.run_until(lambda: takeover.is_complete or self.store.closed, _REPORTS)
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
         if not own:

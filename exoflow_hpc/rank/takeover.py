@@ -23,8 +23,6 @@ __all__ = ["Found", "Takeover"]
 
 log = logging.getLogger("exoflow_hpc.takeover")
 
-_Peer = tuple[int, int]
-
 
 @dataclass
 class Found:
@@ -38,8 +36,6 @@ class Found:
     survivors: dict[int, Survivor] = field(default_factory=dict)
     #: task → output in memory, of those that do not run
     outputs: dict[int, Output] = field(default_factory=dict)
-    #: what ranks have said meanwhile
-    early: list[tuple[_Peer, ms.Message]] = field(default_factory=list)
 
     @property
     def running(self) -> dict[int, tuple[int, int]]:
@@ -56,7 +52,6 @@ class Takeover:
         #: rank → incarnation, of those that were asked
         self._asked: dict[int, int] = {}
         self._reports: dict[int, ms.Report] = {}
-        self._early: list[tuple[_Peer, ms.Message]] = []
 
     def start(self, view: View) -> None:
         """Ask the ranks of a view."""
@@ -78,12 +73,11 @@ class Takeover:
 
     def handle(self, rank: int, incarnation: int, message: ms.Message) -> None:
         """Take a message of an agent."""
-        if message.epoch != self._question.epoch or self._asked.get(rank) != incarnation:
-            log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
-        elif isinstance(message, ms.Report):
+        known = message.epoch == self._question.epoch and self._asked.get(rank) == incarnation
+        if known and isinstance(message, ms.Report):
             self._reports[rank] = message
-        else:
-            self._early.append(((rank, incarnation), message))
+        else:  # what else a rank has to say, it keeps until it has been told what counts
+            log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
 
     @property
     def is_complete(self) -> bool:
@@ -126,7 +120,7 @@ class Takeover:
             if output.data is None and (one is None or one.running or one.attempt != attempt):
                 store.delete(ids[task, attempt])
         ranks = {rank: (self._asked[rank], report.slots) for rank, report in self._reports.items()}
-        return Found(run, ranks, kept, _chosen(spec, kept, outputs), self._early)
+        return Found(run, ranks, kept, _chosen(spec, kept, outputs))
 
 
 def _chosen(

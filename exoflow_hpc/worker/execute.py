@@ -18,6 +18,7 @@ from ..continuations import Continuation
 from ..payload import load_arguments, load_function, load_value
 from ..references import collecting
 from ..serialize import pack, unpack
+from ..succession import shown
 from .failure import describe
 from .memory import Used, describe_size, is_shortage, limited
 from .protocol import InlineInput, Input, TaskDone, TaskFailed, TaskRequest
@@ -63,8 +64,9 @@ class Executor:
         self._blobs.update(request.blobs)
         stage, began, seconds = "load", 0.0, 0.0
         identity = request.identity
+        attempt = shown(identity.attempt)
         context = TaskContext(
-            identity.workflow_id, identity.task_id, identity.incarnation, identity.attempt, identity.epoch, report
+            identity.workflow_id, identity.task_id, identity.incarnation, attempt, identity.epoch, report
         )
         objects = context.objects = Values(request, self._attached)
         used = None if request.memory is None else Used()

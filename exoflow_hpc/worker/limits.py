@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from ..succession import shown
 from .memory import describe_size, used_by_tree
 from .protocol import Began
 from .remote import RemoteWorker, TaskHandle
@@ -86,7 +87,7 @@ class Limits:
             if one.ends is not None and now >= one.ends:
                 one.ends = None
                 attempt, timeout = handle.request.identity.attempt, handle.request.timeout
-                text = f"attempt {attempt} ran longer than its timeout of {timeout:g} s"
+                text = f"attempt {shown(attempt)} ran longer than its timeout of {timeout:g} s"
                 found.append(Overrun(handle, one.worker, "timeout", text))
         return found
 
@@ -117,9 +118,7 @@ class Limits:
         if used <= limit:
             return None
         attempt = handle.request.identity.attempt
-        text = (
-            f"attempt {attempt} used {describe_size(used)} of memory, more than its limit memory={describe_size(limit)}"
-        )
+        text = f"attempt {shown(attempt)} used {describe_size(used)} of memory, more than its limit memory={describe_size(limit)}"
         return Overrun(handle, watched.worker, "memory", text)
 
 

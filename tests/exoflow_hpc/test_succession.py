@@ -131,5 +131,6 @@ def test_what_is_not_known_does_not_count() -> None:
     assert agree(rows, unknown, plain_one) == {(2, 0)}
     on_it = Survivor(1, 0, 0, False, stand((0, 1, False)))
     assert agree(rows, on_it, plain_one, standing=[None]) == {(2, 0)}, "what stands may stand on another value"
+    assert agree(rows, Survivor(0, 1, 0, False, NONE), plain_one, standing=[None]) == {(2, 0)}, "a value may, too"
     assert agree(rows, on_it, plain_one, deviant={2}) == {(1, 0)}
     assert agree([{}, {"data": (0,)}], Survivor(1, 0, 0, True, NONE), deviant={0}) == set()

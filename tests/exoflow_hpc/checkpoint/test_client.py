@@ -98,6 +98,19 @@ def test_what_queues_up_goes_to_one_file(workflow: Path, client: WriterClient) -
     assert value_of(workflow, written["t499"]) == 499
 
 
+def test_many_small_outputs_are_few_files(workflow: Path, client: WriterClient) -> None:
+    """However they come: whatever arrives while a file is written goes to the next one."""
+    answers = Answers()
+    for number in range(2000):
+        client.submit([request(workflow, bytes(8000), f"t{number}")], answers)
+    client.flush(TIMEOUT)
+    written = answers.written()
+    assert len(written) == 2000
+    files = {one.file for one in written.values()}
+    assert files == set(os.listdir(workflow / "checkpoints"))
+    assert len(files) <= 200
+
+
 def test_workflows_and_epochs_have_files_of_their_own(tmp_path: Path, client: WriterClient) -> None:
     answers = Answers()
     for name in ("a", "b"):

@@ -39,7 +39,8 @@ def draw_ref(directory, i=0, others=1):
     log(directory, "draw", i, os.getpid())
     meet(directory, "draw", others)
     value = secrets.randbelow(10**9)
-    return {"ref": ef.put(np.full(100_000, value)), "value": value}
+    # beside it something that the journal doesn't take: so a commit writes twice
+    return {"ref": ef.put(np.full(100_000, value)), "value": value, "ballast": np.zeros(2_000)}
 
 @ef.task(checkpoint="skip")
 def hand_on(directory, given, i=0):
@@ -394,3 +395,46 @@ def workflow():
     got, pickled = result.json["output"]
     assert got.startswith("TypeError: ef.get() takes a reference")
     assert pickled.startswith("TypeError: <Ref to object 1 of task 'first'> can't be pickled here")
+
+
+def test_killed_in_the_middle_of_a_put(cli: Cli) -> None:
+    """Its memory is nobody's then, and the next attempt puts the same under another id."""
+    body = """
+@ef.task(checkpoint="skip")
+def make(directory):
+    log(directory, "make", 0, os.getpid())
+    return ef.put(np.arange(300_000))
+
+@ef.task
+def last(ref):
+    return int(ef.get(ref)[-1])
+
+def workflow(directory):
+    return last.bind(make.bind(directory))
+"""
+    fired = cli.directory / "fired"
+    fired.mkdir()
+    args = ["run", cli.file(body), "--id", "w", "--ranks", "1", "--input", f"directory={cli.directory}", "--json"]
+    result = cli(*args, HOPLITE_FAULT="worker.before_put=kill", HOPLITE_FAULT_FIRED=str(fired))
+    assert result.values == (299_999, 0, 0)
+    assert cli.times("make") == {"0": 2}
+    assert list(fired.iterdir())
+
+
+@pytest.mark.parametrize("checkpoint", ["sync", "skip"])
+@pytest.mark.parametrize(
+    "point", ["agent.task_done=kill", "agent.written=kill", "agent.written=kill@2", "controller.committed=kill"]
+)
+def test_the_head_is_killed_on_the_way_to_the_record(cli: Cli, checkpoint: str, point: str) -> None:
+    """Between the put, the bytes of the object, those of the output, and the record: V acts once, on one value."""
+    fired = cli.directory / "fired"
+    fired.mkdir()
+    cli.open_gate()
+    body = CASE_10.replace("{checkpoint}", checkpoint)
+    args = ["--id", "w", "--ranks", "1", "--input", f"directory={cli.directory}", "--json"]
+    settings = {"HOPLITE_FAULT": f"0:{point}", "HOPLITE_FAULT_FIRED": str(fired)}
+    result = cli("run", cli.file(OUTSIDE + TASKS + body), *args, **settings)
+    assert [path.name for path in fired.iterdir() if not path.name.startswith(".")] == [f"0:{point}"]
+    assert result.code == 0, result.text
+    assert list(effects(cli).values()) == result.json["output"]
+    assert cli("verify", "w").code == 0

@@ -6,9 +6,13 @@ import contextlib
 import os
 import re
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+
+from hoplite_mpi.testing import run_ranks
 
 if TYPE_CHECKING:
     from .conftest import Cli, Process
@@ -186,6 +190,48 @@ def test_effects_elsewhere_happen_once(cli: Cli) -> None:
     assert result.json["tasks"]["rolled_back"] == 1
 
 
+def test_references_survive(cli: Cli) -> None:
+    """Tasks that put objects go on, and what they have returned by reference is read after that; what was there already is made again."""
+    body = """
+@ef.task(deterministic=False, checkpoint="skip")
+def early(directory, i):
+    log(directory, "early", i, os.getpid())
+    return ef.put(np.full(20_000, int.from_bytes(os.urandom(4), "little")))
+
+@ef.task(deterministic=False, checkpoint="skip")
+def hold(directory, i):
+    log(directory, "hold", i, os.getpid())
+    deadline = time.monotonic() + 80
+    while not os.path.exists(os.path.join(directory, "gate")):
+        assert time.monotonic() < deadline, "the test never opened the gate"
+        time.sleep(0.01)
+    return [ef.put(np.full(20_000, i))]
+
+@ef.task(checkpoint="sync")
+def same(ref):
+    return ref
+
+@ef.task
+def last(held, early, again):
+    assert [int(ef.get(one)[0]) for one in early] == [int(ef.get(one)[0]) for one in again]
+    return [int(ef.get(one)[0]) for (one,) in held]
+
+def workflow(directory):
+    first = [early.bind(directory, i) for i in range(3)]
+    again = [same.bind(one) for one in first]
+    held = [hold.bind(directory, i).after(again[0], again[1], again[2]) for i in range(3)]
+    return last.bind(held, first, again)
+"""
+    run = start(cli, body)
+    places = kill_head(cli, run, "hold")
+    lost = places[0][1]
+    cli.wait_until(lambda: cli.times("hold")[lost] == 2, "what ran on rank 0 runs elsewhere")
+    cli.open_gate()
+    result = run.wait()
+    assert result.values[:2] == ([0, 1, 2], 1), result.text
+    assert cli.times("hold") == {str(i): 2 if str(i) == lost else 1 for i in range(3)}
+
+
 @pytest.mark.parametrize("point", ["controller.take_over", "controller.taken_over", "agent.report", "agent.kept"])
 def test_another_one_dies_at_that(cli: Cli, point: str) -> None:
     """One that takes over, or answers, is killed: the third one goes on, and loses nothing but what the dead have had."""
@@ -226,3 +272,30 @@ def test_again_and_again(cli: Cli) -> None:
     result = run.wait()
     assert result.values[1:] == (3, 3), result.text
     assert all(drawn == held for drawn, held in result.values[0])
+
+
+@pytest.mark.parametrize("point", ["controller.dispatch@2", "storage.after_rename"])
+def test_a_program_goes_on_without_its_first_rank(tmp_path: Path, point: str) -> None:
+    """The rank that controls the runs dies in the first one, or before it has begun; the next one controls the second run, too."""
+
+    def program() -> Any:
+        import exoflow_hpc as ef
+
+        @ef.task(checkpoint="sync")
+        def add(*numbers: int) -> int:
+            return sum(numbers)
+
+        session = ef.api.rank_session()
+        session.store.allreduce(np.ones(1))  # all have met: MPI crashes a process that meets one that is just gone
+        results = []
+        for name in ("first", "second"):
+            node = add.bind(add.bind(1), add.bind(2), len(results))
+            results.append(ef.run(node, name, storage=tmp_path))
+        return results, session.is_head
+
+    results = run_ranks(3, program, kill=[(0, point)])
+    assert results[0].exitcode == -signal.SIGKILL
+    for rank in (1, 2):
+        assert results[rank].exitcode == 0, results[rank].output
+    assert [results[rank].value[0] for rank in (1, 2)] == [[3, 4]] * 2
+    assert sorted(results[rank].value[1] for rank in (1, 2)) == [False, True]

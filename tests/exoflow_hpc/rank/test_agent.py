@@ -191,6 +191,29 @@ def test_what_was_canceled_is_not_reported(harness: Harness) -> None:
     assert harness.ends(TaskCancelled(True)) == []
 
 
+def test_what_waits_for_a_damaged_input_is_not_reported(harness: Harness) -> None:
+    """It would wait for ever: whoever takes over has to find the damage anew."""
+    place = ms.InputPlace(0, "checkpoint", 4, file="1-0.0-0.h5", entry="f", checksum="00")
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], [place]))
+    assert harness.loop.run_until(lambda: any(isinstance(said, ms.Corrupt) for said in harness.said), 10)
+    assert report(harness, 2) == [ms.Report(2, 2, [], [])]
+
+
+def test_what_was_given_objects_is_reported_as_of_unknown_lineage(harness: Harness) -> None:
+    given = ms.InputPlace(0, "memory", 0, index=0)
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], [], [given]))
+    assert report(harness, 2) == [ms.Report(2, 2, [], [["f", 0, None]])]
+
+
+def test_a_late_begin_of_the_old_controller_is_refused_after_a_survey(harness: Harness) -> None:
+    run(harness)
+    report(harness, 9)
+    harness.begin(7)
+    begin_kept(harness, 9, [["f", 0]])
+    harness.pool.cancel.assert_not_called()
+    assert harness.ends(TaskDone(BIG, 1 << 20, None)) == [ms.Finished(9, 0, 0, BIG.to_wire(), 1 << 20, None, 0.0)]
+
+
 def test_a_survey_of_another_run_finds_nothing_and_changes_nothing(harness: Harness) -> None:
     run(harness)
     assert report(harness, 2, run="another") == [ms.Report(2, 2, [], [])]
@@ -289,7 +312,7 @@ def test_what_is_left_of_attempts_is_deleted_at_the_end(harness: Harness) -> Non
     other = reference_id("run-0", OUTPUT, 0)
     harness.sealed = {put_id(5), other, OUTPUT}
     harness.agent.handle(3, ms.End(1, "SUCCESSFUL"))
-    assert harness.sealed == {other, OUTPUT}
+    assert harness.sealed == {other}
 
 
 def test_lost_reference_is_told(harness: Harness) -> None:
@@ -301,7 +324,7 @@ def test_lost_reference_is_told(harness: Harness) -> None:
     meta = Meta.of_bytes(3)
     given = ms.InputPlace(0, "inline", 0, meta.to_wire(), b"abc", refers=[0])
     harness.said.clear()
-    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [given], [ms.InputPlace(0, "memory", 2, index=1)]))
+    harness.agent.handle(3, ms.Run(1, 0, 0, 0, False, [], [given], [ms.InputPlace(0, "memory", 2, index=1)]))
     assert harness.store.get_async.call_args.args[0] == reference_id("run-1", output_id("run-1", "f", 2), 1)
     assert harness.loop.run_until(lambda: bool(harness.said), 10)
     (said,) = harness.said

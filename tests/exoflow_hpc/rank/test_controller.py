@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 
-from exoflow_hpc import heartbeat, journal
+from exoflow_hpc import heartbeat, journal, records
 from exoflow_hpc.expansion import expand
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.controller import Controller
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.outputs import Output
 from exoflow_hpc.rank.progress import ProgressLine
+from exoflow_hpc.rank.takeover import Found
 from exoflow_hpc.rank.tally import Tally
-from exoflow_hpc.serialize import pack, unpack
+from exoflow_hpc.serialize import checksum, pack, unpack
+from exoflow_hpc.succession import Survivor, era_of
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol.view import Member, View
 from tests.exoflow_hpc.journals import make as make_workflow
@@ -58,13 +61,23 @@ class Harness:
     """A controller whose agents say what a test says; each has one worker."""
 
     def __init__(
-        self, directory: Path, rows: list[dict[str, Any]], *ranks: int, continued: dict[str, list[Any]] | None = None
+        self,
+        directory: Path,
+        rows: list[dict[str, Any]],
+        *ranks: int,
+        continued: dict[str, list[Any]] | None = None,
+        found: Found | None = None,
+        past: Any = (),
     ) -> None:
         if not (directory / "checkpoints").exists():
             make_workflow(directory)
             (directory / "checkpoints").mkdir()
         self.directory = directory
-        self.journal, past = journal.Journal.open(directory)
+        if past:
+            with journal.Journal.open(directory)[0] as before:
+                for record in past:
+                    before.append(records.encode(record)).result()
+        self.journal, history = journal.Journal.open(directory)
         self.sent: list[tuple[int, Any]] = []
         self.loop, self.store, self.ranks = Loop(), Store(), ranks
         self.controller = Controller(
@@ -72,13 +85,14 @@ class Harness:
             directory,
             expand(make_spec(rows), {task: make_spec(sub) for task, sub in (continued or {}).items()}),
             self.journal,
-            past.records,
+            history.records,
             self.store,  # type: ignore[arg-type]
             self.loop,
             lambda rank, message: self.sent.append((rank, message)),
             ProgressLine("w", terminal=False, stream=io.StringIO()),
             Tally(),
             10.0,
+            found,
         )
         self.controller.start(view(1, *ranks))
         for rank in ranks:
@@ -391,3 +405,42 @@ def test_a_run_that_ends_is_not_begun_again_for_a_continuation(harness: Callable
     assert one.controller.outcome.status == "CANCELED"
     assert not one.controller.must_begin_again
     assert len(one.commits()) == 1
+
+
+# -- what another controller has left
+
+
+def left(*ranks: int, running: Any = (), outputs: Any = ()) -> Found:
+    """Return what is found: running: (task, attempt, rank); outputs: (task, attempt, rank, value)."""
+    found = Found("run", dict.fromkeys(ranks, (0, 1)))
+    for task, attempt, rank in running:
+        found.survivors[task] = Survivor(task, attempt, rank, True, frozenset())
+    for task, attempt, rank, value in outputs:
+        packed = pack(value)
+        data = packed.to_bytes()
+        found.survivors[task] = Survivor(task, attempt, rank, False, frozenset())
+        found.outputs[task] = Output(attempt, packed.meta, data, rank, checksum(packed.meta, data))
+    return found
+
+
+def test_what_is_found_is_used_and_goes_on(harness: Callable[..., Harness]) -> None:
+    found = left(0, 1, outputs=[(0, 3, 1, "made")], running=[(1, 5, 1)])
+    one = harness([VARIES, {}, {"data": (0, 1)}], 0, 1, found=found)
+    begins = [(rank, message.kept) for rank, message in one.sent if isinstance(message, ms.Begin)]
+    assert begins == [(0, [["t1", 5], ["t0", 3]]), (1, [["t1", 5], ["t0", 3]])]
+    packed = pack("it goes on")
+    one.say(1, ms.Finished(one.epoch, 1, 5, packed.meta.to_wire(), packed.nbytes, packed.to_bytes(), 0.1))
+    one.settle()
+    ((_, run),) = one.take(ms.Run)
+    assert (run.task, run.attempt) == (2, era_of(1))
+    assert [(place.task, place.attempt) for place in run.inputs] == [(0, 3), (1, 5)]
+    assert run.stand == [["t0", 3, True]], "it was committed first"
+
+
+def test_what_is_found_and_is_not_what_was_seen_deviates(harness: Callable[..., Harness]) -> None:
+    """A consumer was committed with another output of a task that is taken to be deterministic."""
+    seen = records.TaskCommitted("t1", 0, 0, records.Inline(b""), "aa", 0, ["bytes", 0, None, None], [["t0", "bb"]])
+    found = left(0, outputs=[(0, 3, 0, "another")])
+    one = harness([{}, {"data": (0,)}, {"data": (0, 1)}], 0, found=found, past=[seen])
+    one.until(lambda: one.controller.must_begin_again)
+    assert [record["type"] for record in journal.read(one.directory).records][-1] == "task_deviated"

@@ -8,7 +8,7 @@ import pytest
 
 from exoflow_hpc import records
 from exoflow_hpc.rank.messages import InputPlace
-from exoflow_hpc.rank.naming import is_reference, output_id, reference_id
+from exoflow_hpc.rank.naming import is_of_run, output_id, reference_id
 from exoflow_hpc.rank.references import Key, Put, References
 
 __all__: list[str] = []
@@ -94,5 +94,5 @@ def test_names() -> None:
     one, two = output_id("r", "t", 0), output_id("r", "t", 1)
     ids: list[Any] = [reference_id("r", output, index) for output in (one, two) for index in range(3)]
     assert len({*ids, one, two}) == 8
-    assert all(is_reference(oid, "r") and not is_reference(oid, "s") for oid in ids)
-    assert not is_reference(one, "r")
+    assert all(is_of_run(oid, "r") and not is_of_run(oid, "s") for oid in ids)
+    assert is_of_run(one, "r") and not is_of_run(one, "s")

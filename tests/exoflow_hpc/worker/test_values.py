@@ -9,7 +9,7 @@ import cloudpickle
 import numpy as np
 
 import exoflow_hpc as ef
-from exoflow_hpc.rank.naming import is_reference, reference_id
+from exoflow_hpc.rank.naming import is_of_run, reference_id
 from exoflow_hpc.serialize import pack
 from exoflow_hpc.worker import ArenaInput, InlineInput, TaskDone, TaskFailed, WorkerPool
 from exoflow_hpc.worker.protocol import Given, Put, Reply, TaskRequest
@@ -25,7 +25,7 @@ __all__ = ["arena", "pool"]
 
 
 def sealed(arena: Arena) -> list[Any]:
-    return sorted(info.oid for info in arena.objects() if is_reference(info.oid, "r"))
+    return sorted(info.oid for info in arena.objects() if is_of_run(info.oid, "r"))
 
 
 def test_put_and_given_to_another(arena: Arena, pool: WorkerPool, tools: Any) -> None:
