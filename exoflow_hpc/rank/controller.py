@@ -154,6 +154,7 @@ class Controller:
         if deviating:
             return  # the next epoch follows
         self._do(begun)
+        self._commits.seen.begin(self._scheduler.wanted)  # also of what is void since
         self.on_view(view, ())  # a rank may have been lost since it reported
         for peer, message in self._found.early:
             self.handle(*peer, message)
