@@ -491,7 +491,12 @@ class Controller:
             self._end(what.status, error)
             return
         record = records.WorkflowFinished(what.status, str(error or ""), ms.pack_error(error))
-        self.append(record, lambda: self._end(what.status, error))
+
+        def durable() -> None:
+            fault.point("controller.finished")
+            self._end(what.status, error)
+
+        self.append(record, durable)
 
     def _end(self, status: str, error: ExoFlowError | None) -> None:
         if self.outcome is not None:

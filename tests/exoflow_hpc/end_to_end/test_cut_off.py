@@ -90,20 +90,26 @@ def acts(cli: Cli) -> list[list[str]]:
     return [words for words in cli.log if words[0] == "act"]
 
 
+def act_on(cli: Cli, hosts: EmulatedHosts, workers: int) -> Process:
+    """Run the workflow, each rank on a host of its own, until all of its tasks act."""
+    script = cli.directory / "on_hosts.py"
+    script.write_text(ON_HOSTS)
+    prefixes = json.dumps([hosts.command_prefix(rank) for rank in range(RANKS)])
+    args = ["run", cli.file(WORKFLOW), "--id", "w", "--ranks", str(RANKS), "--input", f"directory={cli.directory}"]
+    command = [sys.executable, str(script), prefixes, *args, "--json", "--storage", str(cli.storage)]
+    settings = {"EXOFLOW_WORKERS": str(workers), "EXOFLOW_LEASE": "3"}
+    run = Process(command, {**cli.environment, **settings}, cli.directory)
+    cli.wait_until(lambda: len(acts(cli)) == 3 or run.popen.poll() is not None, "all act")
+    assert run.popen.poll() is None, run.wait().text
+    return run
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_what_it_does_is_not_seen_after_it_was_undone(cli: Cli, stopped: bool) -> None:
     """stopped: its rank is, too, so that only the lease ends what its worker does."""
     with EmulatedHosts(RANKS) as hosts:
-        script = cli.directory / "on_hosts.py"
-        script.write_text(ON_HOSTS)
-        prefixes = json.dumps([hosts.command_prefix(rank) for rank in range(RANKS)])
-        args = ["run", cli.file(WORKFLOW), "--id", "w", "--ranks", str(RANKS), "--input", f"directory={cli.directory}"]
-        command = [sys.executable, str(script), prefixes, *args, "--json", "--storage", str(cli.storage)]
-        settings = {"EXOFLOW_WORKERS": "2", "EXOFLOW_LEASE": "3"}
-        run = Process(command, {**cli.environment, **settings}, cli.directory)
+        run = act_on(cli, hosts, workers=2)
         # two of them at most are at the head, and one rank is left that has room
-        cli.wait_until(lambda: len(acts(cli)) == 3 or run.popen.poll() is not None, "all act")
-        assert run.popen.poll() is None, run.wait().text
         _, i, host, worker, key = next(words for words in acts(cli) if words[2] != "h0")
         cli.wait_until(lambda: host in rows(cli).get(key, ()), "it has an effect")
         _, agent = cli.rank_of(int(worker))
@@ -125,7 +131,7 @@ def test_what_it_does_is_not_seen_after_it_was_undone(cli: Cli, stopped: bool) -
         # more than one where the storage was so slow that leases of others ran out
         assert result.json["tasks"]["rolled_back"] >= 1
         known = rows(cli)
-        assert sorted(known) == result.json["output"]
+        assert set(known) <= set(result.json["output"])  # one that began only when the gate was open has done nothing
         assert key not in known
         assert all(len(hosts_of) == 1 for hosts_of in known.values())
 
@@ -134,15 +140,7 @@ def test_what_it_does_is_not_seen_after_it_was_undone(cli: Cli, stopped: bool) -
 def test_the_head_is_cut_off_and_another_rank_goes_on(cli: Cli, stopped: bool) -> None:
     """Two controllers on two hosts over one directory; stopped: the first one can't even find out that it is out of the view."""
     with EmulatedHosts(RANKS) as hosts:
-        script = cli.directory / "on_hosts.py"
-        script.write_text(ON_HOSTS)
-        prefixes = json.dumps([hosts.command_prefix(rank) for rank in range(RANKS)])
-        args = ["run", cli.file(WORKFLOW), "--id", "w", "--ranks", str(RANKS), "--input", f"directory={cli.directory}"]
-        command = [sys.executable, str(script), prefixes, *args, "--json", "--storage", str(cli.storage)]
-        settings = {"EXOFLOW_WORKERS": "1", "EXOFLOW_LEASE": "3"}
-        run = Process(command, {**cli.environment, **settings}, cli.directory)
-        cli.wait_until(lambda: len(acts(cli)) == 3 or run.popen.poll() is not None, "one acts on each rank")
-        assert run.popen.poll() is None, run.wait().text
+        run = act_on(cli, hosts, workers=1)  # so one acts on each rank
         worker, key = next(words[3:] for words in acts(cli) if words[2] == "h0")
         cli.wait_until(lambda: "h0" in rows(cli).get(key, ()), "it has an effect")
         _, head = cli.rank_of(int(worker))

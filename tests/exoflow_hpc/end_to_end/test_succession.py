@@ -25,6 +25,15 @@ RANKS = 3
 #: each rank is a node of its own, so that its memory is lost with it; one task at a time on each
 EACH_A_NODE = {"HOPLITE_NODE": "node{rank}", "EXOFLOW_WORKERS": "1"}
 
+#: put before each workflow
+WAITING = """
+def wait_for(directory, name):
+    deadline = time.monotonic() + 80
+    while not os.path.exists(os.path.join(directory, name)):
+        assert time.monotonic() < deadline, f"the test never opened the {name}"
+        time.sleep(0.01)
+"""
+
 #: what is drawn is large or small, stands in memory only, and is never the same twice; `hold` says what it has seen
 DRAWN = """
 @ef.task(deterministic=False, checkpoint="skip")
@@ -37,10 +46,7 @@ def draw(directory, i):
 @ef.task(checkpoint="skip", deterministic=False)
 def hold(directory, i, drawn):
     log(directory, "hold", i, os.getpid(), int(drawn[-1]))
-    deadline = time.monotonic() + 80
-    while not os.path.exists(os.path.join(directory, "gate")):
-        assert time.monotonic() < deadline, "the test never opened the gate"
-        time.sleep(0.01)
+    wait_for(directory, "gate")
     return int(drawn[-1])
 
 @ef.task
@@ -61,10 +67,7 @@ def take_back(key, args, result):
 def act(directory, i):
     here = ef.context()
     log(directory, "act", i, os.getpid(), here.idempotency_key)
-    deadline = time.monotonic() + 80
-    while not os.path.exists(os.path.join(directory, "gate")):
-        assert time.monotonic() < deadline, "the test never opened the gate"
-        time.sleep(0.01)
+    wait_for(directory, "gate")
     log(directory, "acted", i, here.idempotency_key)
     return here.idempotency_key
 
@@ -80,7 +83,7 @@ def workflow(directory):
 def start(cli: Cli, body: str, ranks: int = RANKS, **environment: str) -> Process:
     args = [
         "run",
-        cli.file(body),
+        cli.file(WAITING + body),
         "--id",
         "w",
         "--ranks",
@@ -144,10 +147,7 @@ def test_what_was_finished_counts(cli: Cli) -> None:
 @ef.task(checkpoint="sync")
 def late(directory, drawn, held):
     log(directory, "late", 0, os.getpid())
-    deadline = time.monotonic() + 80
-    while not os.path.exists(os.path.join(directory, "second")):
-        assert time.monotonic() < deadline, "the test never opened the second gate"
-        time.sleep(0.01)
+    wait_for(directory, "second")
     return [[int(a[-1]), b] for a, b in zip(drawn, held)]
 """
     run = start(cli, late + DRAWN.replace("pairs.bind(drawn", "late.bind(directory, drawn"))
@@ -201,10 +201,7 @@ def early(directory, i):
 @ef.task(deterministic=False, checkpoint="skip")
 def hold(directory, i):
     log(directory, "hold", i, os.getpid())
-    deadline = time.monotonic() + 80
-    while not os.path.exists(os.path.join(directory, "gate")):
-        assert time.monotonic() < deadline, "the test never opened the gate"
-        time.sleep(0.01)
+    wait_for(directory, "gate")
     return [ef.put(np.full(20_000, i))]
 
 @ef.task(checkpoint="sync")
@@ -249,6 +246,30 @@ def test_another_one_dies_at_that(cli: Cli, point: str) -> None:
     assert result.json["ranks"]["lost"] == 2
     spared = [task for task, times in cli.times("hold").items() if times == 1]
     assert len(spared) >= 1, result.text
+
+
+@pytest.mark.parametrize(("body", "code"), [("return 5", 0), ("raise ValueError('no')", 1)])
+def test_the_head_dies_when_the_end_is_durable_and_nobody_was_told(cli: Cli, body: str, code: int) -> None:
+    """The one that follows says how it ended, and runs nothing again: a failed workflow would be tried anew."""
+    (cli.directory / "fired").mkdir()
+    flow = f"""
+@ef.task
+def last(directory):
+    log(directory, "last", 0, os.getpid())
+    {body}
+
+def workflow(directory):
+    return last.options(max_retries=0).bind(directory)
+"""
+    run = start(
+        cli, flow, 2, HOPLITE_FAULT="controller.finished=kill", HOPLITE_FAULT_FIRED=str(cli.directory / "fired")
+    )
+    result = run.wait()
+    assert result.code == code, result.text
+    assert result.json["status"] == ("FAILED" if code else "SUCCESSFUL")
+    assert result.json["output"] == (None if code else 5)
+    assert ("ValueError" in result.text) == bool(code)
+    assert cli.times("last") == {"0": 1}
 
 
 def controller(run: Process) -> int:

@@ -20,7 +20,6 @@
 #include <limits.h>
 #include <pthread.h>
 #include <semaphore.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -253,21 +252,7 @@ static int do_open(int dirfd, const char *given, int flags, mode_t mode)
     return fd;
 }
 
-#define OPEN(dirfd, path, flags)                                                                                       \
-    va_list rest;                                                                                                      \
-    va_start(rest, flags);                                                                                             \
-    mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;                                                          \
-    va_end(rest);                                                                                                      \
-    return do_open(dirfd, path, flags, mode);
-
-int open(const char *path, int flags, ...) { OPEN(AT_FDCWD, path, flags) }
-int open64(const char *path, int flags, ...) { OPEN(AT_FDCWD, path, flags) }
-int openat(int dirfd, const char *path, int flags, ...) { OPEN(dirfd, path, flags) }
-int openat64(int dirfd, const char *path, int flags, ...) { OPEN(dirfd, path, flags) }
-int __open_2(const char *path, int flags) { return do_open(AT_FDCWD, path, flags, 0); }
-int __open64_2(const char *path, int flags) { return do_open(AT_FDCWD, path, flags, 0); }
-int __openat_2(int dirfd, const char *path, int flags) { return do_open(dirfd, path, flags, 0); }
-int __openat64_2(int dirfd, const char *path, int flags) { return do_open(dirfd, path, flags, 0); }
+#include "opens.h"
 
 static int do_stat(int dirfd, const char *given, struct stat *info, int flags)
 {

@@ -1,7 +1,6 @@
 /* The calls: each does what the C library's does, and is in the log if it changed something. See recorder.c. */
 #include "recorder.h"
 
-#include <stdarg.h>
 #include <sys/mman.h>
 
 /* --- open --- */
@@ -26,28 +25,7 @@ static int do_open(int dirfd, const char *given, int flags, mode_t mode)
     return fd;
 }
 
-static mode_t mode_of(int flags, va_list rest)
-{
-    return flags & O_CREAT ? va_arg(rest, mode_t) : 0;
-}
-
-#define OPEN(dirfd, path, flags)                                                                                       \
-    va_list rest;                                                                                                      \
-    va_start(rest, flags);                                                                                             \
-    mode_t mode = mode_of(flags, rest);                                                                                \
-    va_end(rest);                                                                                                      \
-    return do_open(dirfd, path, flags, mode);
-
-int open(const char *path, int flags, ...) { OPEN(AT_FDCWD, path, flags) }
-int open64(const char *path, int flags, ...) { OPEN(AT_FDCWD, path, flags) }
-int openat(int dirfd, const char *path, int flags, ...) { OPEN(dirfd, path, flags) }
-int openat64(int dirfd, const char *path, int flags, ...) { OPEN(dirfd, path, flags) }
-
-/* what the compiler makes of a call without a mode when it is told to be careful */
-int __open_2(const char *path, int flags) { return do_open(AT_FDCWD, path, flags, 0); }
-int __open64_2(const char *path, int flags) { return do_open(AT_FDCWD, path, flags, 0); }
-int __openat_2(int dirfd, const char *path, int flags) { return do_open(dirfd, path, flags, 0); }
-int __openat64_2(int dirfd, const char *path, int flags) { return do_open(dirfd, path, flags, 0); }
+#include "opens.h"
 
 int creat(const char *path, mode_t mode) { return do_open(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
 int creat64(const char *path, mode_t mode) { return creat(path, mode); }
