@@ -32,6 +32,7 @@ from exoflow_hpc.api import (
     verify,
 )
 from exoflow_hpc.context import TaskContext, context
+from exoflow_hpc.continuations import continuation
 from exoflow_hpc.dag import BadWorkflowError, InputNode, reduce, task
 from exoflow_hpc.errors import (
     CanceledError,
@@ -79,6 +80,7 @@ __all__ = [
     "__version__",
     "cancel",
     "context",
+    "continuation",
     "delete",
     "get",
     "get_metadata",

@@ -258,8 +258,8 @@ def get_metadata(workflow_id: str, task: str | None = None, storage: str | os.Pa
     """Return what is known of a workflow, or of one of its tasks by name. WorkflowNotFoundError, ExoFlowError."""
     place = Storage.locate(storage, create=False)
     directory = place.directory(workflow_id)
-    spec = WorkflowSpec.from_bytes(place.spec(workflow_id))
     status, past = history.status_of(directory)
+    spec = history.load_spec(place, workflow_id, past.records)
     committed = history.committed_tasks(spec, past.records)
     expired = history.expired_tasks(spec, past.records)
     done = len(committed) + len(expired)

@@ -100,7 +100,7 @@ class DAGNode:
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"{self!r} is a node of a workflow, not a value, and can't be pickled: give it to .bind() as an argument; "
-            "a task can't return or capture one in this version"
+            "a task can't capture one; to go on with one, it returns exoflow_hpc.continuation(node)"
         )
 
 

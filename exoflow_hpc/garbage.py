@@ -35,7 +35,6 @@ from exoflow_hpc.errors import (
 )
 from exoflow_hpc.global_array import TEMPORARY
 from exoflow_hpc.history import Status
-from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
 from hoplite_mpi.testing import fault
 
@@ -90,13 +89,15 @@ def _collect(storage: Storage, workflow_id: str, directory: Path, retention: str
     # what counted when the older epochs were sealed counts until the next seal: what was voided since may be in use
     standing = [*_standing(past.records), *_standing(past.records[: _records_before(past, sealed)])]
     end = history.last_end(past.records)
-    # what was voided may be given to a rollback yet
+    # what was voided may be given to a rollback yet, and says what the workflow's tasks are
     undo = set() if end is not None and end.status == Status.SUCCESSFUL else history.kept_files(past.records)
+    for known in (past.records, past.records[: _records_before(past, sealed)]):
+        undo.update(where["file"] for _, where, *_ in history.continued(known) if "file" in where)
     _free(directory, listed, _files(standing) | undo, sealed, freed)
     if end is None:
         return
     now = _standing(past.records)
-    unneeded = _expirable(storage, workflow_id, directory, now) if _may_expire(end, retention) else []
+    unneeded = _expirable(storage, workflow_id, directory, past.records, now) if _may_expire(end, retention) else []
     if not unneeded and not _garbage(directory, listed, _files(now) | undo, past.epoch + 1):
         return
     if heartbeat.watch(directory / "heartbeat"):
@@ -189,12 +190,20 @@ def _may_expire(end: records.WorkflowFinished, retention: str) -> bool:
 
 
 def _expirable(
-    storage: Storage, workflow_id: str, directory: Path, standing: list[records.TaskCommitted]
+    storage: Storage,
+    workflow_id: str,
+    directory: Path,
+    past: list[dict[str, object]],
+    standing: list[records.TaskCommitted],
 ) -> list[records.TaskCommitted]:
     """Return the records whose outputs retention removes. CorruptCheckpointError if the workflow's own output is damaged."""
-    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-    tasks = [(one, spec.tasks[spec.index(one.task_id)]) for one in standing]
-    needed = [one for one, task in tasks if task.index == spec.output or task.external or not task.deterministic]
+    spec = history.load_spec(storage, workflow_id, past)
+    tasks = [(one, spec.tasks[spec.index(one.task_id)]) for one in standing if spec.find(one.task_id) is not None]
+    needed = [
+        one
+        for one, task in tasks
+        if task.index == spec.output or task.external or not task.deterministic or one.continued
+    ]
     kept = _with_links(directory, _files(needed))
     found = [one for one in standing if one.files and kept.isdisjoint(one.files)]
     output = next((one for one, task in tasks if task.index == spec.output), None)

@@ -89,6 +89,8 @@ class Heartbeat:
         self.error: StorageError | None = None
         #: a newer epoch beats in the same file: this controller has been taken over
         self.superseded = False
+        #: the same process goes on in the next epoch at once: nobody is to take over meanwhile
+        self.handed_on = False
         self._interval = interval
         self._counter = 0
         self._stop = threading.Event()
@@ -103,11 +105,12 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop, and say so in the file: nobody has to wait before taking over."""
+        """Stop, and say so in the file unless it is *handed_on*: nobody has to wait before taking over."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._beat(stopped=True)
+        if not self.handed_on:
+            self._beat(stopped=True)
 
     def __enter__(self) -> Heartbeat:
         self.start()

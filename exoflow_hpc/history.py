@@ -10,9 +10,11 @@ from typing import Any, Generic, TypeVar
 
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
 from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
+from exoflow_hpc.expansion import expand
 from exoflow_hpc.references import StoredObjects, resolving
 from exoflow_hpc.semantics import descendants
-from exoflow_hpc.spec import WorkflowSpec
+from exoflow_hpc.spec import SEPARATOR, WorkflowSpec
+from exoflow_hpc.storage import Storage
 
 __all__ = [
     "Facts",
@@ -23,16 +25,20 @@ __all__ = [
     "check_output",
     "check_reference",
     "committed_tasks",
+    "continued",
     "error_of",
+    "expanded",
     "expired_tasks",
     "facts_by_name",
     "facts_of",
     "kept_files",
     "last_end",
     "load_output",
+    "load_spec",
     "ran_in",
     "standing_outputs",
     "status_of",
+    "without_damaged",
 ]
 
 
@@ -53,7 +59,7 @@ class Status:
 class Ran:
     """What a run has done, for display."""
 
-    tasks: set[int] = field(default_factory=set)
+    tasks: set[str] = field(default_factory=set)
     rolled_back: int = 0
     #: seconds since 1970, 0: not known
     began: float = 0.0
@@ -89,6 +95,8 @@ class Facts(Generic[K]):
     deviant: set[K] = field(default_factory=set)
     #: checksums of outputs that something saw that stands, or that were committed themselves, and are not now: the same is to come again
     seen: dict[K, str] = field(default_factory=dict)
+    #: what tasks continue with, committed or void: until they are committed anew, it says what the workflow's tasks are
+    continued: dict[K, records.TaskCommitted] = field(default_factory=dict)
 
 
 def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None = None) -> Facts[str]:
@@ -119,6 +127,10 @@ def facts_by_name(history: Iterable[dict[str, Any]], spec: WorkflowSpec | None =
 
 def _void(facts: Facts[str], record: records.TaskVoided | records.TaskExpired) -> None:
     task = record.task_id
+    if (
+        isinstance(record, records.TaskVoided) and not record.lost
+    ):  # it is damaged: nobody can know what it was continued with
+        facts.continued.pop(task, None)
     known = facts.committed.pop(task, None)
     if known is None:
         return
@@ -165,38 +177,48 @@ def _commit(facts: Facts[str], record: records.TaskCommitted, spec: WorkflowSpec
     if task in facts.committed:
         return
     facts.owed.discard(task)
-    if spec is not None and facts.seen and (task in facts.deviant or not spec.tasks[spec.index(task)].deterministic):
+    here = spec.find(task) if spec is not None and facts.seen else None
+    if spec is not None and here is not None and (task in facts.deviant or not spec.tasks[here].deterministic):
         # what was computed from the value before this one is void, and may come out another one
-        for index in descendants(spec.tasks, [spec.index(task)]):
+        for index in descendants(spec.tasks, [here]):
             facts.seen.pop(spec.tasks[index].name, None)
     facts.committed[task] = record
     facts.gone.pop(task, None)
     facts.expired.discard(task)
     facts.seen.pop(task, None)
+    if record.continued:
+        facts.continued[task] = record
+    else:
+        facts.continued.pop(task, None)
     if task in facts.effects:
         facts.results[task] = record
     _see(facts, record.consumed)
 
 
 def facts_of(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> Facts[int]:
-    """Return the same by index of the task."""
+    """Return the same by index of the task, without tasks that a voided continuation had brought and the last one has not."""
     named = facts_by_name(history, spec)
 
     def index(table: dict[str, V]) -> dict[int, V]:
-        return {spec.index(task): value for task, value in table.items()}
+        found = ((spec.find(task), value) for task, value in table.items())
+        return {task: value for task, value in found if task is not None}
+
+    def indices(names: set[str]) -> set[int]:
+        return set(index(dict.fromkeys(names)))
 
     return Facts(
         committed=index(named.committed),
         gone=index(named.gone),
-        expired={spec.index(task) for task in named.expired},
+        expired=indices(named.expired),
         effects=index(named.effects),
         rollbacks=index(named.rollbacks),
-        owed={spec.index(task) for task in named.owed},
+        owed=indices(named.owed),
         results=index(named.results),
         incarnations=index(named.incarnations),
         attempts=index(named.attempts),
-        deviant={spec.index(task) for task in named.deviant},
+        deviant=indices(named.deviant),
         seen=index(named.seen),
+        continued=index(named.continued),
     )
 
 
@@ -208,6 +230,68 @@ def committed_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> di
 def expired_tasks(spec: WorkflowSpec, history: Iterable[dict[str, Any]]) -> set[int]:
     """Return the tasks that were committed and whose outputs retention has removed since."""
     return facts_of(spec, history).expired
+
+
+def continued(history: Iterable[dict[str, Any]]) -> list[list[Any]]:
+    """Return what tasks continue with, as in `messages.Begin`."""
+    known = list(history)
+    if not any(wire.get("continued") for wire in known):
+        return []
+    found = facts_by_name(known).continued
+    return [[task, one.location.to_wire(), one.meta, one.checksum] for task, one in found.items()]
+
+
+def expanded(base: WorkflowSpec, workflow_dir: Path, continued: Iterable[list[Any]]) -> WorkflowSpec:
+    """Return the spec of a workflow with what its tasks continue with (`continued`). CorruptCheckpointError, StorageError."""
+    return expand(base, {task: _continuation(workflow_dir, task, *where) for task, *where in continued})
+
+
+def without_damaged(workflow_dir: Path, history: Iterable[dict[str, Any]]) -> list[records.TaskVoided]:
+    """Return the records by which a workflow can go on without those continuations that are damaged: their tasks run again.
+
+    CorruptCheckpointError: there are effects of what one has continued with, which only that could undo. StorageError.
+    """
+    known = list(history)
+    facts, found = facts_by_name(known), list[records.TaskVoided]()
+    for task, *where in continued(known):
+        try:
+            _continuation(workflow_dir, task, *where)
+        except CorruptCheckpointError as error:
+            below = task + SEPARATOR
+            effects = ", ".join(name for name in facts.effects if name.startswith(below))
+            if effects:
+                raise CorruptCheckpointError(
+                    f"{error}; it is what task {task} has continued with, and the effects of {effects} could not be undone without it: "
+                    "restore the file from a backup"
+                ) from error
+            found.append(records.TaskVoided(task, facts.continued[task].attempt, str(error)))
+            gone = {one.task_id for one in found}
+            found += [
+                records.TaskVoided(name, one.attempt, "what it is of is damaged", lost=True)
+                for name, one in facts.committed.items()
+                if name.startswith(below) and name not in gone
+            ]
+    return found
+
+
+def load_spec(storage: Storage, workflow_id: str, history: Iterable[dict[str, Any]]) -> WorkflowSpec:
+    """Return the spec of a workflow with what its tasks continue with by now. CorruptCheckpointError, StorageError."""
+    directory = storage.directory(workflow_id)
+    base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+    return expanded(base, directory, continued(history))
+
+
+def _continuation(
+    workflow_dir: Path, task: str, location: dict[str, Any], wire: list[Any], checksum: str
+) -> WorkflowSpec:
+    from hoplite_mpi.meta import Meta
+
+    place = records.location_of(location)
+    if isinstance(place, records.Inline):
+        meta, data = Meta.from_wire(wire), memoryview(place.data)
+    else:
+        meta, data = checkpoint.read(workflow_dir, place.file, place.entry, checksum)
+    return WorkflowSpec.from_bytes(serialize.unpack(meta, data), f"what task {task} continues with")
 
 
 def standing_outputs(history: Iterable[dict[str, Any]]) -> dict[str, records.TaskCommitted]:
@@ -228,7 +312,7 @@ def kept_files(history: Iterable[dict[str, Any]]) -> set[str]:
     return kept
 
 
-def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> Ran:
+def ran_in(history: Iterable[dict[str, Any]], run: str) -> Ran:
     """Return what controllers have done in a run (`WorkflowStarted.run`), as far as their records say it."""
     ran = Ran()
     inside = False
@@ -239,7 +323,7 @@ def ran_in(history: Iterable[dict[str, Any]], run: str, spec: WorkflowSpec) -> R
             if inside and not ran.began:
                 ran.began = record.time
         elif inside and isinstance(record, (records.TaskStarted, records.TaskCommitted)):
-            ran.tasks.add(spec.index(record.task_id))
+            ran.tasks.add(record.task_id)
         elif inside and isinstance(record, records.TaskRolledBack):
             ran.rolled_back += 1
     return ran

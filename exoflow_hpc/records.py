@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
+from exoflow_hpc import checksums
 from exoflow_hpc.errors import UnknownRecordError
 
 __all__ = [
@@ -91,8 +92,13 @@ class Reference:
         return cls(task, attempt, index, InCheckpoint(file, entry), *rest)
 
 
-def seen_as(checksum: str, references: Sequence[Reference]) -> str:
-    """Return what tells an output from others together with all that it refers to: its own checksum if that is nothing (R12)."""
+def seen_as(checksum: str, references: Sequence[Reference], continued: str = "") -> str:
+    """Return what tells an output from others together with all that it refers to: its own checksum if that is nothing (R12).
+
+    For what a task continues with, that is the *fingerprint*: pickles of the same functions may differ.
+    """
+    if continued:
+        return checksums.CONTINUED + continued
     if not references:
         return checksum
     digest = hashlib.blake2b(digest_size=16)
@@ -191,11 +197,13 @@ class TaskCommitted:
     references: list[Reference] = dataclasses.field(default_factory=list)
     #: lineage of the attempt (`succession.Lineage`): [task, attempt, committed] each; None: not known
     stand: list[Any] | None = dataclasses.field(default_factory=list)
+    #: not empty: the output is the `WorkflowSpec` that the task continues with (see `expansion`); the fingerprint of that
+    continued: str = ""
 
     @property
     def seen_as(self) -> str:
         """What tells the output, with all that it refers to, from another one."""
-        return seen_as(self.checksum, self.references)
+        return seen_as(self.checksum, self.references, self.continued)
 
     @property
     def places(self) -> list[Location]:
@@ -279,6 +287,8 @@ def encode(record: Record) -> dict[str, Any]:
         wire[name] = getattr(record, name)
     if "location" in wire:
         wire["location"] = wire["location"].to_wire()
+    if not wire.get("continued", True):
+        del wire["continued"]
     references = wire.pop("references", None)
     if references:  # without any, older versions can read it
         wire["references"] = [one.to_wire() for one in references]

@@ -175,6 +175,11 @@ class Scheduler:
         return self._finished
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the run can't succeed any more: `Finish` follows, or was returned."""
+        return self._finished or self._ending is not None
+
+    @property
     def has_ranks(self) -> bool:
         """Whether any rank is there; without one nothing happens until one joins, and it is the driver's to give up."""
         return len(self._ranks) > 0
@@ -224,6 +229,7 @@ class Scheduler:
             self._rollbacks_begun,
             found,
             found_running,
+            self.spec.ends,
         )
         if begin.conflict is not None:
             self._refuse(*begin.conflict)
@@ -290,12 +296,13 @@ class Scheduler:
                 self.released(task, attempt)
             return
         spec = self.spec.tasks[task]
-        if spec.checkpoint == "auto" and event.nbytes > INLINE_LIMIT:
+        if spec.checkpoint == "auto" and event.nbytes > INLINE_LIMIT and not event.continued:
             consumers = self._table.consumers(task)
             if not is_worth_writing(spec, event.seconds, event.write_seconds, consumers):
                 self._table.let_off(task)
         incarnation = self._ranks.incarnation(event.rank)
-        self._table.finish(task, Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes))
+        held = Held(attempt, event.rank, -1 if incarnation is None else incarnation, event.nbytes)
+        self._table.finish(task, held, event.continued)
         if task in self._table.due:
             self._commit(task)
 

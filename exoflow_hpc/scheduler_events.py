@@ -112,7 +112,8 @@ class RollbackFailed:
 class TaskFinished:
     """An attempt has put its output, of *nbytes* bytes, in the memory of *rank*.
 
-    quick: it took so little time that a worker had better have the next task already, see `Dispatch`.
+    quick: it took so little time that a worker had better have the next task already, see `Dispatch`. continued: what it
+    has put is a DAG to be continued with: it is committed, and no task of this epoch may use it (see `expansion`).
     """
 
     task: int
@@ -123,6 +124,7 @@ class TaskFinished:
     seconds: float = 0.0
     write_seconds: float = 0.0
     quick: bool = False
+    continued: bool = False
 
 
 @dataclass(frozen=True, slots=True)

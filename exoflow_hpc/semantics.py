@@ -8,7 +8,7 @@ Tasks are indices in `WorkflowSpec.tasks`. All functions are iterative: a chain 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import IllegalAnnotationError
@@ -89,11 +89,15 @@ def wanted(
 
 
 def known_to_have_happened(tasks: Sequence[TaskSpec], begun: Collection[int]) -> set[int]:
-    """Return the tasks that have finished once, given that those *begun* were started: all that these had to wait for."""
+    """Return the tasks that have finished once, given that those *begun* were started: all that these had to wait for.
+
+    Not what they wait for instead of a task that has continued: they may have begun when that had an output itself, which was lost.
+    """
     found: set[int] = set()
     for task in reversed(tasks):
         if task.index in begun or task.index in found:
-            found.update(task.data, task.after, task.barriers)
+            found.update(task.data)
+            found.update(one for one in (*task.after, *task.barriers) if tasks[one].scope == task.scope)
     return found
 
 
@@ -138,7 +142,7 @@ class Plan:
     kept: frozenset[int]
     #: tasks that have finished once, in this run or another, and are neither void nor undone
     happened: frozenset[int]
-    #: external tasks that were undone, and have to come again
+    #: external tasks that were undone, and have to come again, and ends of what tasks have continued with that have to come
     owed: frozenset[int] = frozenset()
     #: task with an irrevocable effect → tasks that are committed before it starts, whatever their options say (R3)
     gates: dict[int, frozenset[int]] = field(default_factory=dict)
@@ -156,17 +160,20 @@ def plan(
     undoing: Collection[int] = (),
     held: Collection[int] = (),
     running: Collection[int] = (),
+    ends: Mapping[int, int] | None = None,
 ) -> Plan:
     """Return what a run begins with, given what the journal says.
 
     effects: external tasks that were started and not rolled back since, finished or not. deviant: tasks that are taken to be
     deterministic, but have given two outputs (R12). owed: external tasks whose effects were undone, and that were not
     committed since. undoing: those of *effects* whose rollback was begun, so that perhaps it has done its work. held: tasks whose
-    outputs are in memory, and running: those of which an attempt runs, since another controller had them run.
+    outputs are in memory, and running: those of which an attempt runs, since another controller had them run. ends: as in `WorkflowSpec`;
+    a task that stands, and has continued, has not done all that it does before that end has happened.
     """
     standing, kept = set(committed), {*held, *running}
     touched = standing | kept | set(effects)
     roots, void = {output, *owed, *undoing}, set[int]()
+    unfinished = set[int]()
     while True:
         happened = known_to_have_happened(tasks, standing | kept | (set(effects) - void)) | (kept - set(running))
         before = happened - void - set(owed)
@@ -179,6 +186,11 @@ def plan(
         # an effect that is undone has to come again, also if nobody needs the output for anything else
         roots.update(index for index in fresh if tasks[index].external)
         if fresh:
+            continue
+        open_ends = {end for task, end in (ends or {}).items() if task in standing and end not in happened}
+        if not open_ends <= standing | kept | set(needed):  # nobody needs its output, only that it happens
+            unfinished |= open_ends - standing - kept - set(needed)
+            roots |= unfinished
             continue
         reach = needed if not kept else _reach(tasks, roots, kept, standing, touched - void, before, deviant)
         guards = gates(tasks, output, reach, standing, deviant, needed)
@@ -214,7 +226,7 @@ def plan(
         tuple(reach),
         frozenset(kept),
         frozenset((standing | happened) - void - undo - set(owed) - set(running)),
-        frozenset(owed),
+        frozenset(owed) | unfinished,
         guards,
         conflict,
     )

@@ -13,7 +13,10 @@ import msgpack
 from .errors import CorruptCheckpointError, ExoFlowError
 from .payload import load_arguments, load_function, load_value
 
-__all__ = ["TaskSpec", "WorkflowSpec"]
+__all__ = ["SEPARATOR", "TaskSpec", "WorkflowSpec"]
+
+#: between the name of a task and those of the tasks that it continues with; names that users give have none
+SEPARATOR = "/"
 
 #: at the begin of the file; the digit is the version of what follows
 _MAGIC = b"EXOSPEC1"
@@ -72,6 +75,11 @@ class TaskSpec:
         return load_arguments(self.args, lambda position: output(self.data[position]), blob)
 
     @property
+    def scope(self) -> str:
+        """Name of the task that has continued with the DAG that it is of; empty: it was submitted."""
+        return self.name.rpartition(SEPARATOR)[0]
+
+    @property
     def needed_blobs(self) -> tuple[str, ...]:
         """Keys of all blobs that a worker needs to run it."""
         return tuple(key for key in (self.function, self.retry, *self.blobs) if key)
@@ -94,10 +102,16 @@ class WorkflowSpec:
     #: directories for a worker to put at the begin of `sys.path`: user modules are imported, only the workflow file is
     #: not
     sys_path: tuple[str, ...] = ()
+    #: task that has continued → task whose output is its output (see `expansion`)
+    ends: dict[int, int] = field(default_factory=dict)
 
     @cached_property
     def _indices(self) -> dict[str, int]:
         return {task.name: task.index for task in self.tasks}
+
+    def find(self, name: str) -> int | None:
+        """Return the index of the task of that name, None if there is none: what a voided continuation has brought may be gone."""
+        return self._indices.get(name)
 
     def index(self, name: str) -> int:
         """Return the index of the task of that name; ExoFlowError names those that are like it."""
@@ -159,6 +173,8 @@ class WorkflowSpec:
             # the blobs follow the table as they are: msgpack can't hold one of 4 GiB
             "blobs": [(key, len(data)) for key, data in self.blobs.items()],
         }
+        if self.ends:
+            table["ends"] = list(self.ends.items())
         body = msgpack.packb(table, unicode_errors="surrogateescape")
         checksum = hashlib.blake2b(len(body).to_bytes(8, "little") + body, digest_size=32)
         for data in self.blobs.values():
@@ -191,7 +207,8 @@ class WorkflowSpec:
             blobs[key] = bytes(view[position : position + length])
             position += length
         tasks = tuple(TaskSpec(index, *row) for index, row in enumerate(table["tasks"]))
-        return cls(tasks, table["output"], table["fingerprint"], blobs, table["inputs"], table["sys_path"])
+        ends = dict(table.get("ends", ()))
+        return cls(tasks, table["output"], table["fingerprint"], blobs, table["inputs"], table["sys_path"], ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # one way to travel, checked on arrival

@@ -55,6 +55,9 @@ def stand_of(wire: Iterable[Iterable[Any]] | None, named: Mapping[str, int] | No
     """Return the lineage of its lists; *named*: name of task → index, if they have names."""
     if wire is None:
         return None
+    wire = list(wire)
+    if named is not None and any(task not in named for task, _, _ in wire):  # it is of a continuation that is void
+        return None
     return frozenset((task if named is None else named[task], attempt, known) for task, attempt, known in wire)
 
 

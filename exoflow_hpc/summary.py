@@ -59,8 +59,9 @@ def of_finished(storage: Storage, workflow_id: str) -> dict[str, Any]:
     """Return the same of a workflow that is SUCCESSFUL already: nothing is run. CorruptCheckpointError: something should be."""
     began = time.monotonic()
     directory = storage.directory(workflow_id)
-    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-    history.check_output(directory, history.committed_tasks(spec, journal.read(directory).records)[spec.output])
+    past = journal.read(directory).records
+    spec = history.load_spec(storage, workflow_id, past)
+    history.check_output(directory, history.committed_tasks(spec, past)[spec.output])
     result = summarize(storage, Ended(workflow_id, Status.SUCCESSFUL, None))
     result["tasks"]["skipped"] = len(spec.tasks)
     result["seconds"] = round(time.monotonic() - began, 3)
@@ -70,10 +71,11 @@ def of_finished(storage: Storage, workflow_id: str) -> dict[str, Any]:
 def output_value(storage: Storage, workflow_id: str, task: str | None = None) -> Any:
     """Return the committed output of a task, or of the workflow. WorkflowNotFoundError, ExoFlowError, CorruptCheckpointError."""
     directory = storage.directory(workflow_id)
-    spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-    index = spec.output if task is None else spec.index(task)
-    name = spec.tasks[index].name
     past = journal.read(directory).records
+    spec = history.load_spec(storage, workflow_id, past)
+    index = spec.output if task is None else spec.index(task)
+    index = spec.ends.get(index, index)
+    name = spec.tasks[index].name
     record = history.committed_tasks(spec, past).get(index)
     if record is None:
         raise _absent(spec, workflow_id, index, past)

@@ -90,6 +90,8 @@ class TaskTable:
         self._forced: set[int] = set()
         #: those of `promised` that are not committed yet; the run is over when it is empty
         self.due: set[int] = set()
+        #: those whose latest output is a DAG to be continued with: nobody can use that
+        self._continued: set[int] = set()
         #: for pending tasks: data dependencies that are not usable
         self.missing = [0] * count
         #: for wanted tasks: control edges that are not met, and reasons to hold them back
@@ -204,13 +206,19 @@ class TaskTable:
         """Return how many wanted tasks take the output."""
         return len(self._consumers[task])
 
-    def finish(self, task: int, held: Held) -> None:
-        """The output of a RUNNING task is in memory."""
+    def finish(self, task: int, held: Held, continued: bool = False) -> None:
+        """The output of a RUNNING task is in memory; continued: it is a DAG to be continued with, once it is committed."""
         self.state[task] = TaskState.DONE
         self.held[task] = held
-        if self.is_usable(task):
-            self._tell_consumers(task)
-        self._mark_happened(task)
+        if continued:
+            self._continued.add(task)
+            for tasks in (self._forced, self.promised, self.due):
+                tasks.add(task)
+        else:
+            self._continued.discard(task)
+            if self.is_usable(task):
+                self._tell_consumers(task)
+            self._mark_happened(task)
         self._stop_reading(task)
         self._release_if_unneeded(task)
 
@@ -260,7 +268,9 @@ class TaskTable:
     # ------------------------------------------------------------------------------------------------------- pieces
     def is_usable(self, task: int) -> bool:
         """Whether consumers may start on the output."""
-        return task in self.committed or (self.held[task] is not None and self.tasks[task].checkpoint != "sync")
+        if task in self.committed:
+            return True
+        return self.held[task] is not None and self.tasks[task].checkpoint != "sync" and task not in self._continued
 
     def _count_missing(self, task: int) -> int:
         return sum(not self.is_usable(upstream) for upstream in self.tasks[task].data)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exoflow_hpc import checkpoint, heartbeat
+from exoflow_hpc import checkpoint, heartbeat, history
 from exoflow_hpc.errors import CorruptCheckpointError, StorageError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
@@ -21,6 +21,7 @@ from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.made import Made, MadeOutputs
 from exoflow_hpc.rank.naming import is_of_run, output_id, reference_id
 from exoflow_hpc.rank.reducing import Reducer
+from exoflow_hpc.rank.renumbering import Renumbering
 from exoflow_hpc.rank.saving import Saver
 from exoflow_hpc.records import INLINE_LIMIT
 from exoflow_hpc.spec import WorkflowSpec
@@ -86,8 +87,10 @@ class Agent:
         self._spec: WorkflowSpec | None = None
         self._jobs: dict[tuple[int, int], Job] = {}
         self._made = MadeOutputs()
-        #: (task, attempt) → object that was read from its checkpoint
-        self._loaded: dict[tuple[int, ...], ObjectID] = {}
+        #: (name of the task, attempt, …) → object that was read from its checkpoint
+        self._loaded: dict[tuple[str | int, ...], ObjectID] = {}
+        #: what is to be said to a controller that takes over once it has begun, since its tasks may have other indices; None: not now
+        self._unsaid: list[ms.Message] | None = None
         #: reads checkpoints and reduces in order, which would hold up the loop
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="exoflow-agent")
         self._reducer = Reducer(store, loop, self._helpers, self._finished, self._failed)
@@ -142,7 +145,7 @@ class Agent:
 
     def _end(self, rank: int, message: ms.End) -> None:
         self._leave()
-        self._begun, self.ended = None, message
+        self._begun, self.ended, self._unsaid = None, message, None
         self._send(rank, ms.Over(message.epoch))
 
     def _leave(self) -> None:
@@ -180,18 +183,32 @@ class Agent:
             and (message.epoch <= self._begun.epoch or message.epoch < self._epoch)
         ):
             return
+        storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
+        base = WorkflowSpec.from_bytes(storage.spec(message.workflow_id), message.workflow_dir)
+        before, spec = self._spec, history.expanded(base, Path(message.workflow_dir), message.continued)
+        unsaid, self._unsaid = self._unsaid or [], None
         if self._begun is not None and self._begun.run == message.run and message.kept is not None:
+            assert before is not None, "a run has begun"
             kept = {(task, attempt) for task, attempt in message.kept}
-            self._stop([job for which, job in self._jobs.items() if which not in kept])
+            self._stop([job for job in self._jobs.values() if (job.task.name, job.run.attempt) not in kept])
             self._made.keep(kept)
+            renamed = Renumbering(before, spec)
+            for job in self._jobs.values():
+                job.run, job.task = renamed.run(job.run), spec.tasks[renamed.task(job.run.task)]
+            self._jobs = {(job.run.task, job.run.attempt): job for job in self._jobs.values()}
+            if not message.lease:
+                self._pool.set_lease(None)
+            unsaid = [said for one in unsaid if (said := renamed.said(one, message.epoch, kept)) is not None]
             fault.point("agent.kept")
         else:
-            storage = Storage(Path(message.workflow_dir).parent.parent, create=False)
-            self._spec = WorkflowSpec.from_bytes(storage.spec(message.workflow_id), message.workflow_dir)
             self._leave()
+            unsaid = []
+        self._spec = spec
         self._begun, self._controller, self._epoch, self.ended = message, rank, message.epoch, None
         self.workflow_id, self.workflow_dir = message.workflow_id, message.workflow_dir
         self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
+        for one in unsaid:
+            self._reply(one)
         if message.lease:
             self._loop.after(message.lease / _RENEWALS, lambda: self._renew(message))
 
@@ -205,10 +222,14 @@ class Agent:
         running: list[list[Any]] = []
         if mine:
             self._epoch, self._controller = message.epoch, rank
+            self._unsaid = self._unsaid or []
             # a rollback may be called again, and is; what was canceled is void; what is damaged is to be found out again
             self._stop([job for job in self._jobs.values() if job.run.rollback or job.canceled or job.stuck])
             made = [[m.task, m.attempt, m.meta, m.nbytes, m.data, m.stand] for m in self._made.all()]
-            running = [[*which, None if job.run.references else job.run.stand] for which, job in self._jobs.items()]
+            running = [
+                [job.task.name, job.run.attempt, None if job.run.references else job.run.stand]
+                for job in self._jobs.values()
+            ]
         fault.point("agent.report")
         self._send(rank, ms.Report(message.epoch, self._slots, made, running))
 
@@ -219,7 +240,10 @@ class Agent:
             self._loop.after(begun.lease / _RENEWALS, lambda: self._renew(begun))
 
     def _reply(self, message: ms.Message) -> None:
-        self._send(self._controller, message)
+        if self._unsaid is None:
+            self._send(self._controller, message)
+        else:
+            self._unsaid.append(message)
 
     def _id(self, task: int, attempt: int, index: int = -1) -> ObjectID:
         assert self._begun is not None
@@ -229,6 +253,9 @@ class Agent:
     def _name(self, task: int) -> str:
         assert self._spec is not None
         return self._spec.tasks[task].name
+
+    def _key(self, place: ms.InputPlace) -> tuple[str, int, int]:
+        return self._name(place.task), place.attempt, place.index
 
     # -- running -------------------------------------------------------------------------------------------------------------
 
@@ -243,8 +270,8 @@ class Agent:
                 job.inputs[position] = InlineInput(Meta.from_wire(place.meta), place.data, tuple(place.refers))
             elif place.kind == "memory":
                 self._fetch(job, position, self._id(place.task, place.attempt, place.index))
-            elif place.kind == "checkpoint" and _key(place) in self._loaded:
-                self._fetch(job, position, self._loaded[_key(place)])
+            elif place.kind == "checkpoint" and self._key(place) in self._loaded:
+                self._fetch(job, position, self._loaded[self._key(place)])
             else:
                 job.coming[position] = ObjectID.random()  # any: it isn't looked for while it is read
                 self._helpers.submit(self._read, job, position, place, self.workflow_dir)
@@ -286,24 +313,26 @@ class Agent:
             if place.kind == "kept":
                 self._loop.post(lambda: self._failed(job, Failure("lost-input", text)))
             else:
-                self._loop.post(lambda: self._found_corrupt(job, place, text))
+                self._loop.post(lambda: self._found_corrupt(job, position, text))
         except Exception as error:  # whatever it is: the attempt must not wait for ever
             kind = "storage" if isinstance(error, StorageError) else "lost-input"
             failure = Failure(kind, str(error) or repr(error))
             self._loop.post(lambda: self._failed(job, failure))
         else:
-            self._loop.post(lambda: self._was_read(job, position, place, meta, data))
+            self._loop.post(lambda: self._was_read(job, position, meta, data))
 
-    def _found_corrupt(self, job: Job, place: ms.InputPlace, text: str) -> None:
+    def _found_corrupt(self, job: Job, position: int, text: str) -> None:
         """Tell the controller, which begins again without that output; the attempt waits until then."""
         if not job.over:
             job.stuck = True
+            place = job.place(position)
             self._reply(ms.Corrupt(self._epoch, place.task, place.attempt, text, place.index))
 
-    def _was_read(self, job: Job, position: int, place: ms.InputPlace, meta: Meta, data: memoryview) -> None:
+    def _was_read(self, job: Job, position: int, meta: Meta, data: memoryview) -> None:
         if job.over:
             return
-        oid = self._loaded.get(_key(place)) if place.kind == "checkpoint" else None
+        place = job.place(position)
+        oid = self._loaded.get(self._key(place)) if place.kind == "checkpoint" else None
         if oid is None:
             oid = ObjectID.random()
             try:
@@ -313,7 +342,7 @@ class Agent:
                 return
             # what is kept for a rollback may be any attempt's: under a key that is used once only
             kept = place.kind == "kept"
-            self._loaded[(job.run.task, job.run.attempt, -1, position) if kept else _key(place)] = oid
+            self._loaded[(job.task.name, job.run.attempt, -1, position) if kept else self._key(place)] = oid
         self._fetch(job, position, oid)
 
     def _start_if_complete(self, job: Job) -> None:
@@ -360,7 +389,9 @@ class Agent:
             request,
             lambda result: self._loop.post(lambda: self._ran(job, result)),
             lambda progress: self._loop.post(
-                lambda: self._reply(ms.Progress(self._epoch, run.task, run.attempt, progress.fraction, progress.text))
+                lambda: self._reply(
+                    ms.Progress(self._epoch, job.run.task, run.attempt, progress.fraction, progress.text)
+                )
             ),
         )
 
@@ -454,13 +485,15 @@ class Agent:
         run, wire = job.run, meta.to_wire()
         refers = result is not None and bool(result.refers)
         if not run.rollback:
-            # what refers to objects is not known to another controller, so it is made again
-            stand = None if refers else run.stand
-            self._made.add(Made(run.task, run.attempt, wire, meta.nbytes, data, stand))
+            # of what refers to objects, or is to be continued with, another controller knows nothing: it is made again
+            stand = None if refers or (result is not None and result.continued) else run.stand
+            self._made.add(Made(job.task.name, run.attempt, wire, meta.nbytes, data, stand))
         message = ms.Finished(self._epoch, run.task, run.attempt, wire, meta.nbytes, data, seconds)
         if result is not None and refers:
             puts = [[put.index, put.meta.to_wire(), self._by_index(put.refers)] for put in result.puts]
             message = dataclasses.replace(message, refers=self._by_index(result.refers), puts=puts)
+        if result is not None and result.continued:
+            message = dataclasses.replace(message, continued=result.continued)
         self._reply(message)
 
     def _by_index(self, keys: Iterable[tuple[str, int, int]]) -> list[list[int]]:
@@ -517,10 +550,6 @@ class Agent:
             if lost:
                 self._failed(job, Failure("lost-input", f"no copy is left of {len(lost)} of its inputs"), missing=lost)
         self._watch_inputs()
-
-
-def _key(place: ms.InputPlace) -> tuple[int, int, int]:
-    return place.task, place.attempt, place.index
 
 
 def _missing(place: ms.InputPlace) -> list[int]:

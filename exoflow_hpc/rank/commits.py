@@ -13,7 +13,7 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.driver import Driver
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure
-from exoflow_hpc.rank.outputs import Output
+from exoflow_hpc.rank.outputs import NOTHING, Output
 from exoflow_hpc.rank.references import Key, References, Which
 from exoflow_hpc.rank.seen import Seen
 from exoflow_hpc.rank.writes import Writes
@@ -88,12 +88,16 @@ class Commits:
         self._writing_puts: dict[Key, int] = {}
         #: outputs with references whose commits were begun
         self._pending: dict[Which, _Pending] = {}
+        #: `Output.continued` of those whose commits were begun and are not durable
+        self._continuing: dict[Which, str] = {}
 
     # -- commits
 
     def begin(self, task: int, attempt: int, rank: int) -> None:
         """Commit an output that is in memory: *rank* writes it first, unless it is small, and so is all that it refers to."""
         output = self._outputs[task]
+        if output.continued:
+            self._continuing[task, attempt] = output.continued
         keys = self._references.all_of((task, attempt))
         if keys:
             self._begin_puts(task, attempt, rank, keys)
@@ -184,12 +188,17 @@ class Commits:
     def _commit(self, task: int, attempt: int, output: _Durable, keys: Sequence[Key]) -> None:
         place, checksum, nbytes, meta = output
         references = self._references.table(keys)
-        if attempt <= self._void_up_to.get(task, -1) or self.deviates(task, records.seen_as(checksum, references)):
+        if attempt <= self._void_up_to.get(task, -1):
+            return
+        continued = self._continuing.get((task, attempt), "")
+        if self.deviates(task, records.seen_as(checksum, references, continued)):
             return
         name, life = self._spec.tasks[task].name, self._effects.incarnation(task)
         consumed = self.seen.by(task, self.committed)
         stand = plain(self._lineage.of(task, attempt), self._spec.tasks)
-        record = records.TaskCommitted(name, attempt, life, place, checksum, nbytes, meta, consumed, references, stand)
+        record = records.TaskCommitted(
+            name, attempt, life, place, checksum, nbytes, meta, consumed, references, stand, continued
+        )
         self._appended.setdefault(task, attempt)
 
         def durable() -> None:
@@ -201,16 +210,29 @@ class Commits:
             self.seen.committed(task)
             self._effects.committed(task, record)
             self._told(nbytes)
-            self._driver.tell(ev.TaskCommitted(task, attempt))
+            if continued or task in self._spec.ends:  # the workflow is another one from here on
+                self._continuing.pop((task, attempt), None)
+                fault.point("controller.continued")
+                self._driver.continued(task, attempt)
+            else:
+                self._driver.tell(ev.TaskCommitted(task, attempt))
 
         def failed(error: BaseException) -> None:
             self._driver.tell(ev.CommitFailed(task, attempt, error, retryable=False))
 
         self._driver.append(record, durable, failed)
 
+    @property
+    def are_continuing(self) -> bool:
+        """Whether something that a task continues with is about to be durable, unless that fails."""
+        return bool(self._continuing)
+
     def kept(self, task: int) -> list[Any]:
         """Return where an output is for good, or what it is: what a rollback of a task that takes it will be given."""
         record = self.committed.get(task)
+        if record is not None and record.continued:
+            place = records.Inline(NOTHING.to_bytes())
+            return [place.to_wire(), NOTHING.meta.to_wire(), serialize.checksum(NOTHING.meta, place.data)]
         if record is not None:
             kept: list[Any] = [record.location.to_wire(), record.meta, record.checksum]
             return [*kept, [one.to_wire() for one in record.references]] if record.references else kept

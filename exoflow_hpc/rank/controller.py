@@ -48,6 +48,8 @@ __all__ = ["Controller"]
 
 #: seconds that a task takes at most for the next ones to be dispatched before a worker is free
 _QUICK = 0.002
+#: seconds that the next epoch waits at most for what other tasks continue with, once it is to begin for one
+_GATHER = 0.05
 
 log = logging.getLogger("exoflow_hpc.controller")
 
@@ -55,7 +57,7 @@ log = logging.getLogger("exoflow_hpc.controller")
 class Controller:
     """Runs one workflow in one epoch. All methods run in the loop's thread.
 
-    found: what is left of the controller that this one takes over from.
+    found: what is left of the controller that this one takes over from. continued: what *spec* is expanded by, as in `messages.Begin`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Controller:
         tally: Tally,
         lease: float,
         found: Found | None = None,
+        continued: Sequence[list[Any]] = (),
     ) -> None:
         self._workflow_id = workflow_id
         self._workflow_dir = workflow_dir
@@ -83,6 +86,7 @@ class Controller:
         self._progress = progress
         self._tally = tally
         self._epoch = journal.epoch
+        self._continued = list(continued)
         self._found = found or Found(secrets.token_hex(8))
         self._run = self._found.run
         facts = facts_of(spec, history)
@@ -133,6 +137,10 @@ class Controller:
         }
         #: committed outputs became void: the next epoch has to begin with what is left
         self.must_begin_again = False
+        #: it begins in the same run, with what runs and is in memory: nothing of that is worth less than it was
+        self.goes_on = False
+        #: (task, attempt) of those that have continued, durably
+        self._changes: list[tuple[int, int]] = []
         self.outcome: Outcome | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -156,8 +164,6 @@ class Controller:
         self._do(begun)
         self._commits.seen.begin(self._scheduler.wanted)  # also of what is void since
         self.on_view(view, ())  # a rank may have been lost since it reported
-        for peer, message in self._found.early:
-            self.handle(*peer, message)
         self._effects.begin()
         self._show()
 
@@ -203,8 +209,9 @@ class Controller:
 
     def _begin(self, rank: int) -> None:
         where = (self._workflow_id, str(self._workflow_dir), self._run)
-        kept = self._found.kept if self._found.ranks else None
-        self.send(rank, ms.Begin(self._epoch, *where, self._effects.lease, kept))
+        survivors = self._found.survivors.values()
+        kept = [[self._spec.tasks[one.task].name, one.attempt] for one in survivors] if self._found.ranks else None
+        self.send(rank, ms.Begin(self._epoch, *where, self._effects.lease, kept, self._continued))
 
     def _find_lost_outputs(self) -> None:
         """Ask which outputs, and objects of theirs, still have a copy; the directory answers when every member of the view has reported."""
@@ -248,10 +255,6 @@ class Controller:
         if message.epoch != self._epoch or self._agents.get(rank) != incarnation or self.outcome is not None:
             log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
             return
-        if isinstance(message, (ms.Finished, ms.Failed)) and self._was_given_up(message.task, message.attempt):
-            if isinstance(message, ms.Finished):
-                self._store.delete(self._id(message.task, message.attempt))
-            return
         match message:
             case ms.Finished():  # the most frequent one first
                 self._finished(rank, message)
@@ -275,13 +278,6 @@ class Controller:
                 self._progress.task(self._spec.tasks[message.task].name, message.fraction, message.text)
         self._show()
 
-    def _was_given_up(self, task: int, attempt: int) -> bool:
-        """Whether an attempt is one of a controller before this one, and does not count: its end may come between report and begin."""
-        if not self._found.ranks or attempt >= era_of(self._epoch):
-            return False
-        one = self._found.survivors.get(task)
-        return one is None or one.attempt != attempt
-
     def _finished(self, rank: int, message: ms.Finished) -> None:
         task = message.task
         self._running.pop((task, message.attempt), None)
@@ -291,16 +287,17 @@ class Controller:
         known = self._outputs.get(task)
         meta = Meta.from_wire(message.meta)
         checksum = "" if message.data is None else serialize.checksum(meta, message.data)
+        seen_as = records.seen_as(checksum, (), message.continued)
         missing = self._note_references(rank, message) if message.refers else []
         # what it refers to counts as well, and has no checksum yet
         if (
-            checksum
+            seen_as
             and not message.refers
             and self._scheduler.is_current(task, message.attempt)
-            and self._commits.deviates(task, checksum)
+            and self._commits.deviates(task, seen_as)
         ):
             return
-        output = Output(message.attempt, meta, message.data, rank, checksum)
+        output = Output(message.attempt, meta, message.data, rank, checksum, message.continued)
         if known is None or known.attempt < message.attempt:
             self._outputs[task] = output
         quick = message.seconds < _QUICK and not self._awaited
@@ -308,7 +305,10 @@ class Controller:
         if message.refers:  # as good as a large one: it can't be kept, or sent, by itself
             nbytes = max(nbytes, records.INLINE_LIMIT + 1) + self._references.nbytes((task, message.attempt))
         write_seconds = self._commits.writes.seconds(nbytes)
-        self.tell(ev.TaskFinished(task, message.attempt, rank, nbytes, message.seconds, write_seconds, quick))
+        continued = bool(message.continued)
+        self.tell(
+            ev.TaskFinished(task, message.attempt, rank, nbytes, message.seconds, write_seconds, quick, continued)
+        )
         if missing and self.outcome is None:
             self._lose(self._references.lost(missing))
 
@@ -387,11 +387,11 @@ class Controller:
             [(place, self._refers(one)) for place, one in zip(places, what.inputs, strict=True)]
         )
         life = self._effects.incarnation(what.task)
-        message = ms.Run(self._epoch, what.task, what.attempt, life, False, plain(stand), places, references)
+        named = plain(stand, self._spec.tasks)
+        message = ms.Run(self._epoch, what.task, what.attempt, life, False, named, places, references)
         if self._spec.tasks[what.task].external:
             commits = self._commits
             inputs = [commits.kept(one.task) for one in what.inputs] if self._spec.tasks[what.task].rollback else []
-            named = plain(stand, self._spec.tasks)
             self._effects.start(what, message, inputs, commits.seen.by(what.task, commits.committed), named)
         else:
             self.send(what.rank, message)
@@ -446,6 +446,36 @@ class Controller:
     ) -> None:
         """Journal a record; *durable* or *failed* follows in the loop's thread."""
         self._recorder.append(record, durable, failed or self.broken)
+
+    def continued(self, task: int, attempt: int) -> None:
+        """The workflow has other tasks now: the next epoch begins with them, unless this run ends."""
+        if not self._changes:
+            self._loop.after(_GATHER, self._go_on)
+        self._changes.append((task, attempt))
+        if self._scheduler.is_ending or not self._commits.are_continuing:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Begin the next epoch with the tasks that there are now, if there is to be one."""
+        if self.outcome is not None:
+            return
+        if self._scheduler.is_ending:
+            changes, self._changes = self._changes, []
+            for which in changes:
+                self.tell(ev.TaskCommitted(*which))
+        else:
+            self.goes_on = True
+            self.begin_again()
+
+    @property
+    def epoch(self) -> int:
+        """In which this one controls the workflow."""
+        return self._epoch
+
+    @property
+    def run(self) -> str:
+        """As in `messages.Begin`."""
+        return self._run
 
     def begin_again(self) -> None:
         """End this epoch: the next one begins with what the journal says then."""
@@ -506,11 +536,13 @@ class Controller:
         self.outcome = self._tally.outcome(status, error, len(self._spec.tasks))
         self._show()
         with contextlib.suppress(ClosedError, EvictedError):
+            for key in self._references.in_memory:
+                self._store.delete(self._id(*key))
+            if self.goes_on:
+                return
             for task, output in self._outputs.items():
                 if output.data is None:
                     self._store.delete(self._id(task, output.attempt))
-            for key in self._references.in_memory:
-                self._store.delete(self._id(*key))
             for task, attempt in self._running:  # what still comes of it is taken for late
                 self._store.delete(self._id(task, attempt))
 

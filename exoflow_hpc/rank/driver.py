@@ -51,5 +51,8 @@ class Driver(Protocol):
     def broken(self, error: ExoFlowError) -> None:
         """The epoch can't go on."""
 
+    def continued(self, task: int, attempt: int) -> None:
+        """What a task continues with is durable, or what it has returned though it had continued before."""
+
     def begin_again(self) -> None:
         """The epoch ends, and the next one begins with what the journal says then."""

@@ -129,7 +129,7 @@ class Effects:
         kept = [records.kept_input(wire) for wire in self._starts[task].inputs]
         sources = [*self._spec.tasks[task].data]
         result = self._results.get(task)
-        if result is not None:
+        if result is not None and not result.continued:
             kept.append((result.location, result.meta, result.checksum, result.references))
             sources.append(task)
         for source, (where, meta, checksum, refers) in zip(sources, kept, strict=True):

@@ -18,7 +18,8 @@ _OVERHEAD = 256
 class Made:
     """An output that this rank has made. data: the bytes of a small one, else it is an object of the store."""
 
-    task: int
+    #: name of the task
+    task: str
     attempt: int
     meta: list[Any]
     nbytes: int
@@ -39,7 +40,7 @@ class MadeOutputs:
         self._largest = largest
         self._size = 0
         #: (task, attempt) → output, the oldest first
-        self._outputs: dict[tuple[int, int], Made] = {}
+        self._outputs: dict[tuple[str, int], Made] = {}
 
     def add(self, made: Made) -> None:
         """Remember an output."""
@@ -48,7 +49,7 @@ class MadeOutputs:
         while self._size > self._largest and len(self._outputs) > 1:
             self._size -= self._outputs.pop(next(iter(self._outputs))).cost
 
-    def keep(self, which: Collection[tuple[int, int]]) -> None:
+    def keep(self, which: Collection[tuple[str, int]]) -> None:
         """Forget all but those."""
         self._outputs = {key: made for key, made in self._outputs.items() if key in which}
         self._size = sum(made.cost for made in self._outputs.values())

@@ -73,8 +73,10 @@ class Begin:
     run: str
     #: seconds of the lease that the rank has to hold while it runs tasks; 0: none, since there are no external ones
     lease: float = 0.0
-    #: (task, attempt) of what the rank has reported (`Report`) that counts: it goes on with that, and with nothing else; None: with nothing
-    kept: list[list[int]] | None = None
+    #: (name of the task, attempt) of what the rank has reported (`Report`) that counts: it goes on with that only; None: with nothing
+    kept: list[list[Any]] | None = None
+    #: [task, location, meta, checksum] of what tasks have continued with: the spec is expanded by it
+    continued: list[list[Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Run:
     incarnation: int
     #: undo its effect instead: the inputs are what it was given, and after them its output, if it is known
     rollback: bool
-    #: its lineage (`succession.Lineage`): [task, attempt, committed] each; None: not known
+    #: its lineage (`succession.Lineage`): [name of the task, attempt, committed] each; None: not known
     stand: list[Any] | None
     inputs: list[InputPlace]
     #: all that they refer to, directly or not
@@ -162,7 +164,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the rank has of a run: outputs that it has made, and attempts that go on."""
+    """What the rank has of a run: outputs that it has made, and attempts that go on. By names of the tasks: indices may be others now.
+
+    What it has to say of them otherwise comes after the next `Begin`.
+    """
 
     epoch: int
     slots: int
@@ -195,6 +200,8 @@ class Finished:
     refers: list[list[int]] = dataclasses.field(default_factory=list)
     #: [index, meta, what it refers to itself] of each object that the attempt has put and that the output leads to
     puts: list[list[Any]] = dataclasses.field(default_factory=list)
+    #: as in `worker.protocol.TaskDone`
+    continued: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,7 +227,7 @@ class Session:
     def _lead(self, storage: Storage, workflow_id: str, quiet: bool, terminal: bool, run: str = "") -> Ended:
         """Control the run of a workflow; *run*: the one in which another rank did until it was lost."""
         progress = ProgressLine(workflow_id, terminal=terminal, quiet=quiet)
-        tally = Tally()
+        tally, own = Tally(), 0
         if run:
             progress.say(f"the rank that controlled the run is gone: rank {self.rank} goes on")
             fault.point("controller.take_over")
@@ -236,14 +236,15 @@ class Session:
                 return ended
         try:
             while True:
-                with self._controlling(storage, workflow_id, progress, tally, run) as controller:
+                with self._controlling(storage, workflow_id, progress, tally, run, own) as controller:
                     self._controller = controller
                     controller.start(self._view)
                     self._watch_for_cancel(controller, storage.directory(workflow_id))
                     self._loop.run_until(lambda: controller.outcome is not None or self.store.closed)
                 if not controller.must_begin_again:
                     break
-                run = ""
+                own = controller.epoch if controller.goes_on else 0
+                run = controller.run if own else ""
         except ExoFlowError as error:
             interrupted = isinstance(error, (FencedError, StorageError)) or bool(run)
             status = history.Status.RESUMABLE if interrupted else REFUSED
@@ -296,24 +297,32 @@ class Session:
 
     @contextlib.contextmanager
     def _controlling(
-        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str
+        self, storage: Storage, workflow_id: str, progress: ProgressLine, tally: Tally, run: str, own: int
     ) -> Iterator[Controller]:
-        """Be the controller of a workflow: its journal is ours, and its heartbeat moves; *run*: see `_lead`."""
+        """Be the controller of a workflow: its journal is ours, and its heartbeat moves.
+
+        run: see `_lead`; own: the epoch in which this rank has controlled it until now, 0: it has not.
+        """
         directory = storage.directory(workflow_id)
-        spec = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
-        refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
-        journal, past = Journal.open(directory)
+        base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
+        if not own:
+            refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
+        journal, past = Journal.open(directory, after=own or None)
         try:
             for tail in past.torn:
                 progress.say(f"{tail.file}: {tail.nbytes} bytes at its end were never acknowledged and are dropped")
             end = history.last_end(past.records)
             if end is not None and end.status == history.Status.CANCELED:
                 raise history.canceled(workflow_id)
+            _give_up_damaged(directory, journal, past, progress)
+            continued = history.continued(past.records)
+            spec = history.expanded(base, directory, continued)
             _check_output(directory, spec, journal, past, progress)
-            (directory / "cancel").unlink(missing_ok=True)
-            with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch):
-                found = self._find(directory, spec, journal, past, run, tally) if run else None
-                yield Controller(
+            if not own:
+                (directory / "cancel").unlink(missing_ok=True)
+            with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch) as beat:
+                found = self._find(directory, spec, journal, past, run, tally, bool(own)) if run else None
+                controller = Controller(
                     workflow_id,
                     directory,
                     spec,
@@ -326,22 +335,28 @@ class Session:
                     tally,
                     self.settings.lease,
                     found,
+                    continued,
                 )
+                yield controller
+                beat.handed_on = controller.goes_on
         finally:
             journal.close()
 
     def _find(
-        self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally
+        self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally, own: bool
     ) -> Found:
-        """Ask all ranks what there is of a run whose controller is lost."""
+        """Ask all ranks what there is of a run whose controller is lost, or was this rank itself."""
         self._controller = takeover = Takeover(journal.epoch, str(directory), run, self._send)
         takeover.start(self._view)
         # one that is not in a run may be at its own work for long: it is taken for one that has nothing
         self._loop.run_until(lambda: takeover.is_complete or self.store.closed, _REPORTS)
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank}: the others went on without this rank; resume the workflow")
-        tally.take_over(history.ran_in(past.records, run, spec), self._met, self._view)
+        if not own:
+            tally.take_over(history.ran_in(past.records, run), self._met, self._view)
         found = takeover.found(spec, past.records, self.store)
+        if own:
+            tally.go_on(found.survivors)
         fault.point("controller.taken_over")
         return found
 
@@ -363,6 +378,16 @@ class Session:
         self._agent.close()
         if self._own_store:
             self.store.close()
+
+
+def _give_up_damaged(directory: Path, journal: Journal, past: History, progress: ProgressLine) -> None:
+    """Void what tasks have continued with that is damaged, and what has come of that."""
+    for voided in history.without_damaged(directory, past.records):
+        if not voided.lost:
+            progress.say(f"{voided.message}; task {voided.task_id} runs again")
+        record = records.encode(voided)
+        journal.append(record).result()
+        past.records.append(record)
 
 
 def _check_output(directory: Path, spec: WorkflowSpec, journal: Journal, past: History, progress: ProgressLine) -> None:

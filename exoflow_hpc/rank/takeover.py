@@ -23,8 +23,6 @@ __all__ = ["Found", "Takeover"]
 
 log = logging.getLogger("exoflow_hpc.takeover")
 
-_Peer = tuple[int, int]
-
 
 @dataclass
 class Found:
@@ -38,13 +36,6 @@ class Found:
     survivors: dict[int, Survivor] = field(default_factory=dict)
     #: task → output in memory, of those that do not run
     outputs: dict[int, Output] = field(default_factory=dict)
-    #: what ranks have said meanwhile
-    early: list[tuple[_Peer, ms.Message]] = field(default_factory=list)
-
-    @property
-    def kept(self) -> list[list[int]]:
-        """As in `messages.Begin`."""
-        return [[one.task, one.attempt] for one in self.survivors.values()]
 
     @property
     def running(self) -> dict[int, tuple[int, int]]:
@@ -61,7 +52,6 @@ class Takeover:
         #: rank → incarnation, of those that were asked
         self._asked: dict[int, int] = {}
         self._reports: dict[int, ms.Report] = {}
-        self._early: list[tuple[_Peer, ms.Message]] = []
 
     def start(self, view: View) -> None:
         """Ask the ranks of a view."""
@@ -83,12 +73,11 @@ class Takeover:
 
     def handle(self, rank: int, incarnation: int, message: ms.Message) -> None:
         """Take a message of an agent."""
-        if message.epoch != self._question.epoch or self._asked.get(rank) != incarnation:
-            log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
-        elif isinstance(message, ms.Report):
+        known = message.epoch == self._question.epoch and self._asked.get(rank) == incarnation
+        if known and isinstance(message, ms.Report):
             self._reports[rank] = message
-        else:
-            self._early.append(((rank, incarnation), message))
+        else:  # what else a rank has to say, it keeps until it has been told what counts
+            log.info("a late %s from rank %d.%d was dropped", type(message).__name__, rank, incarnation)
 
     @property
     def is_complete(self) -> bool:
@@ -99,22 +88,22 @@ class Takeover:
         """Return what counts of the reports, and have the store delete the rest; blocks on the other ranks."""
         facts = history.facts_of(spec, past)
         run = self._question.run
+        named = {task.name: task.index for task in spec.tasks}
         outputs = {
             (task, attempt): Output(attempt, Meta.from_wire(meta), data, rank)
             for rank, report in self._reports.items()
             for task, attempt, meta, _, data, _ in report.made
         }
-        ids = {which: output_id(run, spec.tasks[which[0]].name, which[1]) for which in outputs}
+        ids = {which: output_id(run, *which) for which in outputs}
         stored = [ids[which] for which, output in outputs.items() if output.data is None]
         present = store.located(stored) if stored else frozenset()
         gone = {which for which, output in outputs.items() if output.data is None and ids[which] not in present}
-        named = {task.name: task.index for task in spec.tasks}
         survivors = [
-            Survivor(row[0], row[1], rank, running, stand_of(row[-1]))
+            Survivor(named[row[0]], row[1], rank, running, stand_of(row[-1], named))
             for rank, report in self._reports.items()
             for running, rows in ((False, report.made), (True, report.running))
             for row in rows
-            if running or (row[0], row[1]) not in gone
+            if row[0] in named and (running or (row[0], row[1]) not in gone)
         ]
         standing = [stand_of(record.stand, named) for record in facts.committed.values()]
         standing += [stand_of(start.stand, named) for start in facts.effects.values()]
@@ -127,19 +116,21 @@ class Takeover:
             survivors,
         )
         for (task, attempt), output in outputs.items():
-            one = kept.get(task)
+            one = kept.get(named.get(task, -1))
             if output.data is None and (one is None or one.running or one.attempt != attempt):
                 store.delete(ids[task, attempt])
         ranks = {rank: (self._asked[rank], report.slots) for rank, report in self._reports.items()}
-        return Found(run, ranks, kept, _chosen(kept, outputs), self._early)
+        return Found(run, ranks, kept, _chosen(spec, kept, outputs))
 
 
-def _chosen(kept: Mapping[int, Survivor], outputs: Mapping[tuple[int, int], Output]) -> dict[int, Output]:
+def _chosen(
+    spec: WorkflowSpec, kept: Mapping[int, Survivor], outputs: Mapping[tuple[str, int], Output]
+) -> dict[int, Output]:
     found = {}
     for task, one in kept.items():
         if one.running:
             continue
-        output = outputs[task, one.attempt]
+        output = outputs[spec.tasks[task].name, one.attempt]
         checksum = "" if output.data is None else serialize.checksum(output.meta, output.data)
         found[task] = Output(output.attempt, output.meta, output.data, one.rank, checksum)
     return found

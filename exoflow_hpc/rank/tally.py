@@ -21,7 +21,7 @@ class Tally:
     """What the controllers of one run count together."""
 
     #: tasks that were dispatched at least once
-    ran: set[int] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
     dispatches: int = 0
     #: (rank, incarnation) of the processes that were ranks of the run
     known: set[tuple[int, int]] = field(default_factory=set)
@@ -43,6 +43,10 @@ class Tally:
         self.lost = sum(not view.has(rank, incarnation) for rank, incarnation in self.known)
         self.rejoined = sum(incarnation > 0 for _, incarnation in self.known)
 
+    def go_on(self, kept: Collection[int]) -> None:
+        """Take what was counted already, and is counted again, since the next controller goes on with it."""
+        self.dispatches -= len(kept)
+
     def joins(self, rank: int, incarnation: int) -> bool:
         """Take a rank that has come; return whether it takes the place of one that was lost."""
         new = (rank, incarnation) not in self.known
@@ -53,14 +57,16 @@ class Tally:
 
     def add(self, scheduler: Scheduler) -> None:
         """Take what one epoch has run, at its end."""
-        self.ran |= scheduler.ran
+        self.ran.update(scheduler.spec.tasks[task].name for task in scheduler.ran)
         counters = scheduler.counters
         self.dispatches += counters.run + counters.rerun
         self.rolled_back += counters.rolled_back
 
     def outcome(self, status: str, error: ExoFlowError | None, tasks: int) -> Outcome:
         """Return how the run ended; *tasks*: how many the workflow has."""
-        counters = Counters(len(self.ran), tasks - len(self.ran), self.dispatches - len(self.ran), self.rolled_back)
+        counters = Counters(
+            len(self.ran), max(0, tasks - len(self.ran)), max(0, self.dispatches - len(self.ran)), self.rolled_back
+        )
         return Outcome(
             status,
             error,

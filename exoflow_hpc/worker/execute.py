@@ -14,6 +14,7 @@ from typing import Any
 from hoplite_mpi.meta import Meta
 
 from ..context import TaskContext, activate
+from ..continuations import Continuation
 from ..payload import load_arguments, load_function, load_value
 from ..references import collecting
 from ..serialize import pack, unpack
@@ -91,7 +92,7 @@ class Executor:
                 self._end_if_forked()
                 seconds = time.perf_counter() - began
                 stage = "output"
-                return self._output(request, objects, (value, None) if request.catch else value, seconds)
+                return self._output(request, objects, value, seconds)
         except _LostInput as error:
             return describe(error, "inputs", lost_inputs=(error.task,))
         except BaseException as error:  # sys.exit() and KeyboardInterrupt of a task fail it, not the worker
@@ -152,13 +153,22 @@ class Executor:
             raise _LostInput(index, str(error)) from None
 
     def _output(self, request: TaskRequest, objects: Values, value: Any, seconds: float) -> TaskDone:
+        continued = ""
+        if isinstance(value, Continuation):
+            if request.catch:
+                raise TypeError(
+                    "a task with catch_exceptions can't return a continuation: use catch_exceptions for the tasks that it goes on with"
+                )
+            continued, value = value.spec.fingerprint, value.spec.to_bytes()
+        elif request.catch:
+            value = (value, None)
         with collecting(objects) as found:
             plan = pack(value)
         meta: Meta = plan.meta
         # before the output is there: what is gone by then is not referred to
         references = (found.keys, objects.keep(found.keys))
         if plan.nbytes <= request.inline_limit or self._address is None:
-            return TaskDone(meta, plan.nbytes, plan.to_bytes(), seconds, *references)
+            return TaskDone(meta, plan.nbytes, plan.to_bytes(), seconds, *references, continued)
         region = self._attached().allocate(request.output, meta)
         try:
             plan.write_into(memoryview(region.data))
@@ -166,7 +176,7 @@ class Executor:
         except BaseException:
             region.abandon()
             raise
-        return TaskDone(meta, plan.nbytes, None, seconds, *references)
+        return TaskDone(meta, plan.nbytes, None, seconds, *references, continued)
 
     def _attached(self) -> Any:
         self._used_arena = True

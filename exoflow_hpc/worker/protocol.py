@@ -216,6 +216,8 @@ class TaskDone:
     refers: tuple[tuple[str, int, int], ...] = ()
     #: those of them, or of what they refer to, that the task has put itself
     puts: tuple[Put, ...] = ()
+    #: not empty: it is a `WorkflowSpec`, to be continued with; the fingerprint of that
+    continued: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +303,9 @@ class Reply:
             return [0, self.seq]
         if isinstance(body, TaskDone):
             wire = [1, self.seq, self.last, body.meta.to_wire(), body.nbytes, body.inline, body.seconds]
-            if body.refers:
-                wire += [body.refers, [[one.index, one.meta.to_wire(), one.refers] for one in body.puts]]
+            if body.refers or body.continued:
+                puts = [[one.index, one.meta.to_wire(), one.refers] for one in body.puts]
+                wire += [body.refers, puts, body.continued]
             return wire
         if isinstance(body, TaskFailed):
             names = list(body.type_names)
@@ -331,11 +334,12 @@ class Reply:
         raise ValueError(f"unknown kind of reply {kind!r}")
 
 
-def _references(wire: list[Any]) -> tuple[tuple[tuple[str, int, int], ...], tuple[Put, ...]]:
+def _references(wire: list[Any]) -> tuple[tuple[tuple[str, int, int], ...], tuple[Put, ...], str]:
     if not wire:
-        return (), ()
-    refers, puts = wire
-    return _keys(refers), tuple(Put(index, Meta.from_wire(meta), _keys(inner)) for index, meta, inner in puts)
+        return (), (), ""
+    refers, puts, continued = wire
+    found = tuple(Put(index, Meta.from_wire(meta), _keys(inner)) for index, meta, inner in puts)
+    return _keys(refers), found, continued
 
 
 def _keys(wire: list[Any]) -> tuple[tuple[str, int, int], ...]:

@@ -48,6 +48,7 @@ def test_all_points_are_listed() -> None:
     others = {name for name in found if name.startswith(("gc.", "array."))} | {"controller.deviated"}
     # what happens when the head is lost beside others: see `end_to_end/test_succession.py`
     others |= {"controller.take_over", "controller.taken_over", "agent.report", "agent.kept", "controller.finished"}
+    others.add("controller.continued")  # and `end_to_end/test_continuations.py`
     # only tasks that put objects come by: see `end_to_end/test_references.py`
     others.add("worker.before_put")
     assert found - others == set(POINTS)

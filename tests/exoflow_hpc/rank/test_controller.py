@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from exoflow_hpc import heartbeat, journal, records
+from exoflow_hpc.expansion import expand
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.controller import Controller
 from exoflow_hpc.rank.failure import Failure
@@ -19,8 +20,9 @@ from exoflow_hpc.rank.outputs import Output
 from exoflow_hpc.rank.progress import ProgressLine
 from exoflow_hpc.rank.takeover import Found
 from exoflow_hpc.rank.tally import Tally
-from exoflow_hpc.serialize import checksum, pack
+from exoflow_hpc.serialize import checksum, pack, unpack
 from exoflow_hpc.succession import Survivor, era_of
+from hoplite_mpi.meta import Meta
 from hoplite_mpi.protocol.view import Member, View
 from tests.exoflow_hpc.journals import make as make_workflow
 from tests.exoflow_hpc.semantics.world import make_spec
@@ -59,10 +61,17 @@ class Harness:
     """A controller whose agents say what a test says; each has one worker."""
 
     def __init__(
-        self, directory: Path, rows: list[dict[str, Any]], *ranks: int, found: Found | None = None, past: Any = ()
+        self,
+        directory: Path,
+        rows: list[dict[str, Any]],
+        *ranks: int,
+        continued: dict[str, list[Any]] | None = None,
+        found: Found | None = None,
+        past: Any = (),
     ) -> None:
-        make_workflow(directory)
-        (directory / "checkpoints").mkdir()
+        if not (directory / "checkpoints").exists():
+            make_workflow(directory)
+            (directory / "checkpoints").mkdir()
         self.directory = directory
         if past:
             with journal.Journal.open(directory)[0] as before:
@@ -74,7 +83,7 @@ class Harness:
         self.controller = Controller(
             "w",
             directory,
-            make_spec(rows),
+            expand(make_spec(rows), {task: make_spec(sub) for task, sub in (continued or {}).items()}),
             self.journal,
             history.records,
             self.store,  # type: ignore[arg-type]
@@ -118,12 +127,13 @@ class Harness:
         self.sent.clear()
         return found
 
-    def finished(self, rank: int, run: ms.Run, value: Any, large: bool = False) -> None:
+    def finished(self, rank: int, run: ms.Run, value: Any, large: bool = False, continued: str = "") -> None:
         packed = pack(value)
         data = None if large else packed.to_bytes()
         nbytes = LARGE if large else packed.nbytes
         meta = packed.meta.to_wire()
-        self.say(rank, ms.Finished(self.epoch, run.task, run.attempt, meta, nbytes, data, 0.1))
+        said = ms.Finished(self.epoch, run.task, run.attempt, meta, nbytes, data, 0.1, continued=continued)
+        self.say(rank, said)
 
     def written(self, rank: int, task: int, attempt: int, value: Any) -> None:
         meta = pack(value).meta.to_wire()
@@ -140,8 +150,8 @@ class Harness:
 def harness(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
     made: list[Harness] = []
 
-    def make(rows: list[dict[str, Any]], *ranks: int, **more: Any) -> Harness:
-        made.append(Harness(tmp_path, rows, *ranks, **more))
+    def make(rows: list[dict[str, Any]], *ranks: int, **options: Any) -> Harness:
+        made.append(Harness(tmp_path, rows, *ranks, **options))
         return made[-1]
 
     yield make
@@ -327,11 +337,81 @@ def test_what_nobody_refers_to_any_more_is_deleted(harness: Callable[..., Harnes
     assert oid in one.store.deleted
 
 
+def test_a_task_that_continues(harness: Callable[..., Harness]) -> None:
+    """Nobody is given its output; once that is committed, whatever the options say, the next epoch begins, with all as it is."""
+    one = harness([{}, {"data": (0,)}, {"after": (0,), "data": ()}, {"data": (1, 2)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, b"a spec", continued="fingerprint")
+    assert one.take(ms.Run) == []
+    one.settle()
+    assert [record["continued"] for record in one.commits()] == ["fingerprint"]
+    assert one.controller.must_begin_again
+    assert one.controller.goes_on
+    assert one.take(ms.Run) == []
+    assert one.store.deleted == []
+
+
+def test_what_continues_is_the_same_by_its_fingerprint(harness: Callable[..., Harness]) -> None:
+    """Another pickle of it is no deviation, another DAG is (R12)."""
+    for continued, deviates in (("one", False), ("other", True)):
+        one = harness([{"checkpoint": "sync"}], 0)
+        ((rank, run),) = one.take(ms.Run)
+        one.finished(rank, run, b"a spec", large=True, continued="one")
+        one.settle()
+        one.say(rank, ms.WriteFailed(one.epoch, 0, run.attempt, "its bytes are gone", 0, lost=True))
+        one.settle()
+        ((rank, run),) = one.take(ms.Run)
+        one.finished(rank, run, b"another", large=True, continued=continued)
+        one.settle()
+        assert one.controller.must_begin_again == deviates
+        one.journal.close()
+
+
+def test_what_had_continued_and_returns_a_value(harness: Callable[..., Harness]) -> None:
+    """The workflow has fewer tasks then: what was to come after it does not."""
+    one = harness([VARIES, {"data": (0,)}], 0, continued={"t0": [{}]})
+    ((rank, run),) = one.take(ms.Run)
+    assert run.task == 0
+    one.finished(rank, run, 1)
+    one.settle()
+    assert one.take(ms.Run) == []
+    assert ["continued" in record for record in one.commits()] == [False]
+    assert one.controller.goes_on
+
+
+def test_tasks_of_a_continuation_are_given_nothing_of_it(harness: Callable[..., Harness]) -> None:
+    one = harness([{}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, b"a spec", continued="fingerprint")
+    one.settle()
+    one.journal.close()
+    other = harness([{}], 0, continued={"t0": [{}]})
+    ((_, run),) = other.take(ms.Run)
+    (place,) = run.inputs
+    assert (run.task, place.kind) == (1, "inline")
+    assert unpack(Meta.from_wire(place.meta or []), place.data) is None
+
+
+def test_a_run_that_ends_is_not_begun_again_for_a_continuation(harness: Callable[..., Harness]) -> None:
+    one = harness([{}, {"data": (0,)}], 0)
+    ((rank, run),) = one.take(ms.Run)
+    one.finished(rank, run, b"a spec", large=True, continued="fingerprint")
+    one.settle()
+    one.controller.cancel()
+    one.written(rank, 0, run.attempt, 1)
+    one.settle()  # the commit, and then the end
+    one.settle()
+    assert one.controller.outcome is not None
+    assert one.controller.outcome.status == "CANCELED"
+    assert not one.controller.must_begin_again
+    assert len(one.commits()) == 1
+
+
 # -- what another controller has left
 
 
-def left(*ranks: int, running: Any = (), outputs: Any = (), early: Any = ()) -> Found:
-    """Return what is found: running: (task, attempt, rank); outputs: (task, attempt, rank, value); early: of rank 1."""
+def left(*ranks: int, running: Any = (), outputs: Any = ()) -> Found:
+    """Return what is found: running: (task, attempt, rank); outputs: (task, attempt, rank, value)."""
     found = Found("run", dict.fromkeys(ranks, (0, 1)))
     for task, attempt, rank in running:
         found.survivors[task] = Survivor(task, attempt, rank, True, frozenset())
@@ -340,37 +420,21 @@ def left(*ranks: int, running: Any = (), outputs: Any = (), early: Any = ()) -> 
         data = packed.to_bytes()
         found.survivors[task] = Survivor(task, attempt, rank, False, frozenset())
         found.outputs[task] = Output(attempt, packed.meta, data, rank, checksum(packed.meta, data))
-    found.early = [((1, 0), message) for message in early]
     return found
 
 
-def finished(epoch: int, task: int, attempt: int, value: Any) -> ms.Finished:
-    packed = pack(value)
-    return ms.Finished(epoch, task, attempt, packed.meta.to_wire(), packed.nbytes, packed.to_bytes(), 0.1)
-
-
 def test_what_is_found_is_used_and_goes_on(harness: Callable[..., Harness]) -> None:
-    found = left(0, 1, outputs=[(0, 3, 1, "made")], running=[(1, 5, 1)], early=[finished(1, 1, 5, "early")])
+    found = left(0, 1, outputs=[(0, 3, 1, "made")], running=[(1, 5, 1)])
     one = harness([VARIES, {}, {"data": (0, 1)}], 0, 1, found=found)
     begins = [(rank, message.kept) for rank, message in one.sent if isinstance(message, ms.Begin)]
-    assert begins == [(0, [[1, 5], [0, 3]]), (1, [[1, 5], [0, 3]])]
+    assert begins == [(0, [["t1", 5], ["t0", 3]]), (1, [["t1", 5], ["t0", 3]])]
+    packed = pack("it goes on")
+    one.say(1, ms.Finished(one.epoch, 1, 5, packed.meta.to_wire(), packed.nbytes, packed.to_bytes(), 0.1))
+    one.settle()
     ((_, run),) = one.take(ms.Run)
     assert (run.task, run.attempt) == (2, era_of(1))
     assert [(place.task, place.attempt) for place in run.inputs] == [(0, 3), (1, 5)]
-    assert run.stand == [[0, 3, True]], "it was committed first"
-
-
-def test_the_end_of_an_attempt_that_does_not_count_is_late(harness: Callable[..., Harness]) -> None:
-    """It has ended between the report of its rank and the begin."""
-    failed = ms.Failed(1, 0, 4, "returned", Failure("returned", "").to_wire(), False, [])
-    found = left(0, 1, outputs=[(1, 2, 1, "kept")], early=[finished(1, 0, 3, "late"), failed, finished(1, 1, 3, "b")])
-    one = harness([{}, {}, {"data": (0, 1)}], 0, 1, found=found)
-    ((rank, run),) = one.take(ms.Run)
-    assert (run.task, run.attempt) == (0, era_of(1))
-    one.finished(rank, run, "anew")
-    one.settle()
-    ((_, run),) = one.take(ms.Run)
-    assert [(place.task, place.attempt) for place in run.inputs] == [(0, era_of(1)), (1, 2)]
+    assert run.stand == [["t0", 3, True]], "it was committed first"
 
 
 def test_what_is_found_and_is_not_what_was_seen_deviates(harness: Callable[..., Harness]) -> None:

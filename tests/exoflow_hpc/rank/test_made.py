@@ -8,11 +8,11 @@ __all__: list[str] = []
 
 
 def made(task: int, nbytes: int = 100) -> Made:
-    return Made(task, 0, ["bytes", nbytes, None, None], nbytes, bytes(nbytes), [])
+    return Made(str(task), 0, ["bytes", nbytes, None, None], nbytes, bytes(nbytes), [])
 
 
 def tasks(outputs: MadeOutputs) -> list[int]:
-    return [one.task for one in outputs.all()]
+    return [int(one.task) for one in outputs.all()]
 
 
 def test_the_oldest_are_forgotten() -> None:
@@ -33,7 +33,7 @@ def test_what_does_not_count_makes_room() -> None:
     outputs = MadeOutputs(3 * made(0).cost)
     for task in range(3):
         outputs.add(made(task))
-    outputs.keep({(1, 0)})
+    outputs.keep({("1", 0)})
     for task in range(3, 5):
         outputs.add(made(task))
     assert tasks(outputs) == [1, 3, 4]

@@ -43,7 +43,7 @@ from exoflow_hpc.spec import TaskSpec, WorkflowSpec
 from exoflow_hpc.succession import Lineage, Stand, Survivor, agreeing, era_of
 from exoflow_hpc.task_table import Held
 
-__all__ = ["Facts", "World", "make_spec", "recovery_set"]
+__all__ = ["Attempt", "Commitment", "Facts", "Value", "World", "make_spec", "recovery_set"]
 
 #: what a task made: its index, which of its values it is (0 if it always makes the same), and what went in, by value or by reference
 Value = tuple[int, int, tuple[Any, ...]]
@@ -185,6 +185,7 @@ class World:
     def begin(self) -> None:
         """Start an epoch: all memory is new, only the facts stay."""
         self.live, self.memory, self.stands, self.running = {}, {}, {}, []
+        self.renumber()
         self.control({}, {}, 0)
         for rank in range(self.ranks):
             self.join(rank)
@@ -240,6 +241,7 @@ class World:
         for run in self.recording:
             if gets_through():
                 self.record_rollback(run)
+        self.renumber()
         self.live.pop(rank, None)
         self.memory = {key: kept for key, kept in self.memory.items() if kept[0] != rank}
         gone = [run for run in self.running if run.rank == rank or run.rollback or run.ghost or run.canceled]
@@ -544,7 +546,8 @@ class World:
         if not self.spec.tasks[run.task].deterministic:
             self.facts.nonce += 1
             nonce = self.facts.nonce
-        value = (run.task, nonce, run.values)
+        value = (self.identity(run.task), nonce, run.values)
+        continued = self.continues(run, value)
         self.memory[run.task, run.attempt] = (run.rank, value)
         self.make_references(run, value)
         # a large output of a task with "auto" that took no time is not worth a write that does
@@ -553,7 +556,20 @@ class World:
         missing = self.references.missing((run.task, run.attempt))
         if missing:
             self.undelivered.append(ObjectsLost(tuple(self.references.lost(missing))))
-        self.tell(TaskFinished(run.task, run.attempt, run.rank, nbytes, 0.0, float(run.attempt % 2)))
+        write_seconds = float(run.attempt % 2)
+        self.tell(TaskFinished(run.task, run.attempt, run.rank, nbytes, 0.0, write_seconds, continued=continued))
+
+    # what `continuing.ContinuingWorld` does otherwise
+    def renumber(self) -> None:
+        """Take the tasks that there are by now."""
+
+    def identity(self, task: int) -> int:
+        """Return what a task is called in values."""
+        return task
+
+    def continues(self, run: Attempt, value: Value) -> bool:
+        """Whether an attempt that made *value* continues with a DAG."""
+        return False
 
     def end_record(self, run: Attempt) -> None:
         """The journal says that an effect is undone."""
@@ -659,7 +675,7 @@ class World:
         assert self.finish == Finish("SUCCESSFUL", spec.output), self.finish
         seen: dict[int, Value] = {}
         for task, (_, value) in facts.committed.items():
-            assert value[0] == task
+            assert value[0] == self.identity(task)
             _see(value, seen)
         for task in spec.tasks:
             if task.external:
