@@ -33,6 +33,7 @@ __all__ = [
     "facts_of",
     "kept_files",
     "last_end",
+    "last_run",
     "load_output",
     "load_spec",
     "ran_in",
@@ -327,6 +328,13 @@ def ran_in(history: Iterable[dict[str, Any]], run: str) -> Ran:
         elif inside and isinstance(record, records.TaskRolledBack):
             ran.rolled_back += 1
     return ran
+
+
+def last_run(history: Iterable[dict[str, Any]]) -> str:
+    """Return the run (`WorkflowStarted.run`) that was begun last; empty: none was."""
+    started = [wire for wire in history if wire.get("type") == records.WorkflowStarted.type]
+    record = records.decode(started[-1]) if started else None
+    return record.run if isinstance(record, records.WorkflowStarted) else ""
 
 
 def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | None:

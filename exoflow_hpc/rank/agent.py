@@ -79,8 +79,8 @@ class Agent:
         self._send = lambda rank, message: None
         #: None between two runs
         self._begun: ms.Begin | None = None
-        #: of the latest run, empty before the first
-        self.workflow_id = self.workflow_dir = ""
+        #: of the latest run, and its own name; empty before the first
+        self.workflow_id = self.workflow_dir = self.latest = ""
         self._controller = -1
         #: of the controller whose messages count: that of `_begun`, or of one that takes over from it
         self._epoch = -1
@@ -205,7 +205,7 @@ class Agent:
             unsaid = []
         self._spec = spec
         self._begun, self._controller, self._epoch, self.ended = message, rank, message.epoch, None
-        self.workflow_id, self.workflow_dir = message.workflow_id, message.workflow_dir
+        self.workflow_id, self.workflow_dir, self.latest = message.workflow_id, message.workflow_dir, message.run
         self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
         for one in unsaid:
             self._reply(one)

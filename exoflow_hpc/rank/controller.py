@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -57,7 +56,8 @@ log = logging.getLogger("exoflow_hpc.controller")
 class Controller:
     """Runs one workflow in one epoch. All methods run in the loop's thread.
 
-    found: what is left of the controller that this one takes over from. continued: what *spec* is expanded by, as in `messages.Begin`.
+    found: the run, and what is left in it of the controller that this one takes over from.
+    continued: what *spec* is expanded by, as in `messages.Begin`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Controller:
         progress: ProgressLine,
         tally: Tally,
         lease: float,
-        found: Found | None = None,
+        found: Found,
         continued: Sequence[list[Any]] = (),
     ) -> None:
         self._workflow_id = workflow_id
@@ -87,8 +87,7 @@ class Controller:
         self._tally = tally
         self._epoch = journal.epoch
         self._continued = list(continued)
-        self._found = found or Found(secrets.token_hex(8))
-        self._run = self._found.run
+        self._found, self._run = found, found.run
         facts = facts_of(spec, history)
         survivors = self._found.survivors.values()
         self._outputs: dict[int, Output] = dict(self._found.outputs)
@@ -123,7 +122,7 @@ class Controller:
                 for task, out in self._outputs.items()
             },
             running=self._found.running,
-            era=era_of(self._epoch) if found else 0,
+            era=era_of(self._epoch) if found.ranks else 0,
             settings=Settings.from_environment(),
             seed=self._run,
         )

@@ -69,7 +69,8 @@ class Begin:
     epoch: int
     workflow_id: str
     workflow_dir: str
-    #: name of this run of the workflow, which no other has: a workflow that was deleted can be made anew with id and epoch
+    #: name of this run of the workflow, which no other has: a workflow that was deleted can be made anew with id and epoch.
+    #: Until the first dot it is the name of the job (`bootstrap.Place.run`)
     run: str
     #: seconds of the lease that the rank has to hold while it runs tasks; 0: none, since there are no external ones
     lease: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -197,7 +198,8 @@ class Session:
             self.refuse(error)
             raise
         try:
-            return self._lead(storage, workflow_id, quiet, show)
+            run = self._untold(storage, workflow_id) if self._was_led else ""
+            return self._lead(storage, workflow_id, quiet, show, run)
         except BaseException as error:
             self._leave(error)
             raise
@@ -208,6 +210,16 @@ class Session:
             if self.is_head:
                 self.refuse(error, history.Status.RESUMABLE)
             self.store.close()
+
+    def _new_run(self) -> str:
+        """Return a name that starts with the job's, by which each rank of the job knows the run for one of its own."""
+        return f"{self.store.runtime.place.run}.{secrets.token_hex(4)}"
+
+    def _untold(self, storage: Storage, workflow_id: str) -> str:
+        """Return the run that another rank of this job has begun, and was lost before it could say so here; empty: it has not begun one."""
+        run = history.last_run(journal.read(storage.directory(workflow_id)).records)
+        is_ours = run.partition(".")[0] == self.store.runtime.place.run
+        return run if is_ours and run != self._agent.latest else ""
 
     def _follow(self) -> Ended | None:
         """Run what is dispatched here until the run ends; None: this rank has to control it from now on."""
@@ -321,7 +333,9 @@ class Session:
             if not own:
                 (directory / "cancel").unlink(missing_ok=True)
             with heartbeat.Heartbeat(directory / "heartbeat", journal.epoch) as beat:
-                found = self._find(directory, spec, journal, past, run, tally, bool(own)) if run else None
+                found = Found(self._new_run())
+                if run:
+                    found = self._find(directory, spec, journal, past, run, tally, bool(own))
                 controller = Controller(
                     workflow_id,
                     directory,

@@ -26,7 +26,7 @@ log = logging.getLogger("exoflow_hpc.takeover")
 
 @dataclass
 class Found:
-    """What a controller that takes over goes on with."""
+    """What a controller goes on with: nothing but the name of its run, if it does not take over."""
 
     #: as in `messages.Begin`
     run: str

@@ -272,6 +272,42 @@ def workflow(directory):
     assert cli.times("last") == {"0": 1}
 
 
+@pytest.mark.parametrize("point", ["controller.dispatch@2", "controller.finished"])
+def test_the_head_dies_before_the_others_know_of_the_run(tmp_path: Path, point: str) -> None:
+    """The one that follows finds it in the storage: what failed in this run is not tried anew, what is not done is done."""
+
+    def program() -> Any:
+        import exoflow_hpc as ef
+        from exoflow_hpc.storage import Storage
+
+        @ef.task(max_retries=0)
+        def last() -> None:
+            with open(tmp_path / "log", "a") as log:
+                log.write("last\n")
+            raise ValueError("no")
+
+        @ef.task(checkpoint="sync")
+        def first() -> int:
+            return 1
+
+        session = ef.api.rank_session()
+        if session.rank:
+            begin = session._agent._begin
+            session._agent._begin = lambda rank, message: rank and begin(rank, message)
+        session.store.allreduce(np.ones(1))  # all have met: MPI crashes a process that meets one that is just gone
+        place = Storage(tmp_path)
+        if session.rank == 0:
+            ef.api.submit(place, last.bind().after(first.bind()), "w", {})
+        ended = session.run(lambda: (place, "w"), repeatable=True, quiet=True)
+        return ended.status, str(ended.error)
+
+    results = run_ranks(2, program, kill=[(0, point)], env={"EXOFLOW_WORKERS": "1"})
+    assert results[1].exitcode == 0, results[1].output
+    status, error = results[1].value
+    assert (status, "ValueError" in error) == ("FAILED", True)
+    assert (tmp_path / "log").read_text() == "last\n"
+
+
 def controller(run: Process) -> int:
     """Return the rank that controls the run now, as it has said when it took over; 0 if none did."""
     found = re.findall(r"rank (\d+) goes on", run.stderr)

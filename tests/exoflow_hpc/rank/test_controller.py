@@ -92,7 +92,7 @@ class Harness:
             ProgressLine("w", terminal=False, stream=io.StringIO()),
             Tally(),
             10.0,
-            found,
+            found or Found("run"),
         )
         self.controller.start(view(1, *ranks))
         for rank in ranks:
