@@ -32,6 +32,7 @@ from exoflow_hpc.storage import Storage
 
 if TYPE_CHECKING:
     from exoflow_hpc.rank.session import Session
+    from exoflow_hpc.rank.turns import Turn
 
 __all__ = [
     "cancel",
@@ -72,11 +73,25 @@ def run(
     rank gets the output. Errors: TaskError,
     TaskCrashedError, CanceledError, WorkflowActiveError, StorageError, and what `exoflow_hpc.compile` says of a DAG.
     """
+    return _run(None, node, workflow_id, inputs, ranks, storage, checkpoint)
+
+
+def _run(
+    turn: Turn | None,
+    node: Any,
+    workflow_id: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    ranks: int | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    checkpoint: str | None = None,
+) -> Any:
+    """As `run`; *turn*: of a rank's run, default: the next one."""
     if local.under_launcher():
         return _run_as_rank(
             storage,
             lambda place: submit(place, node, workflow_id, inputs, checkpoint or "auto"),
             repeatable=workflow_id is not None,
+            turn=turn,
         )
     place = Storage.locate(storage)
     workflow_id = submit(place, node, workflow_id, inputs, checkpoint or "auto")
@@ -84,11 +99,15 @@ def run(
 
 
 def run_async(*args: Any, **kwargs: Any) -> Future[Any]:
-    """Start `run` and return a future of its output; not for ranks, which have to call `run` together."""
-    if local.under_launcher():
-        raise ExoFlowError("run_async() can't be used by a rank: every rank has to call run() together")
+    """Start `run` and return a future of its output.
+
+    Under a launcher every rank calls it, and `run`, in the same order. Workflows that are under way at the same time share the workers of
+    the ranks, and each of them is controlled by another rank: the arguments of the k-th call that count are those of rank k modulo their
+    number, until that is lost.
+    """
+    turn = rank_session().turn(beside=True) if local.under_launcher() else None
     executor = ThreadPoolExecutor(1, thread_name_prefix="exoflow-run")
-    future = executor.submit(run, *args, **kwargs)
+    future = executor.submit(_run, turn, *args, **kwargs)
     executor.shutdown(wait=False)
     return future
 
@@ -104,6 +123,8 @@ def resume(workflow_id: str, ranks: int | None = None, storage: str | os.PathLik
 
 def resume_all(storage: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Resume every workflow that was interrupted, one after the other; return id → output or the error it ended with."""
+    if local.under_launcher():
+        return _resume_all_as_rank(storage)
     results: dict[str, Any] = {}
     for workflow_id, _ in list_all(Status.RESUMABLE, storage):
         try:
@@ -111,6 +132,40 @@ def resume_all(storage: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         except ExoFlowError as error:
             results[workflow_id] = error
     return results
+
+
+class _NoneLeftError(ExoFlowError):
+    """No workflow is left to resume."""
+
+
+def _resume_all_as_rank(storage: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """As `resume_all`; the rank that controls a run says which one it is: others may see another list."""
+    results: dict[str, Any] = {}
+    known: list[str] | None = None
+
+    def prepared() -> tuple[Storage, str]:
+        nonlocal known
+        place = Storage.locate(storage)
+        if known is None:
+            known = [workflow_id for workflow_id, _ in list_all(Status.RESUMABLE, storage)]
+        for workflow_id in known:
+            if workflow_id not in results:
+                return place, workflow_id
+        raise _NoneLeftError
+
+    while True:
+        try:
+            ended = rank_session().run(prepared, repeatable=True, quiet=True)
+        except _NoneLeftError:
+            return results
+        if isinstance(ended.error, _NoneLeftError):
+            return results
+        if not ended.workflow_id:  # it is not known which one it was
+            raise ended.error or ExoFlowError(f"a workflow is {ended.status}")
+        try:
+            results[ended.workflow_id] = value_of(ended)
+        except ExoFlowError as error:
+            results[ended.workflow_id] = error
 
 
 def submit(
@@ -193,12 +248,17 @@ def _close_session() -> None:
         session.close()
 
 
-def _run_as_rank(storage: str | os.PathLike[str] | None, prepare: Callable[[Storage], str], repeatable: bool) -> Any:
+def _run_as_rank(
+    storage: str | os.PathLike[str] | None,
+    prepare: Callable[[Storage], str],
+    repeatable: bool,
+    turn: Turn | None = None,
+) -> Any:
     def prepared() -> tuple[Storage, str]:
         place = Storage.locate(storage)
         return place, prepare(place)
 
-    return value_of(rank_session().run(prepared, repeatable=repeatable, quiet=True))
+    return value_of(rank_session().run(prepared, turn, repeatable=repeatable, quiet=True))
 
 
 def value_of(ended: Ended) -> Any:

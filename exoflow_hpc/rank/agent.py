@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from exoflow_hpc.errors import CorruptCheckpointError, StorageError
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
-from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.loop import Strand
 from exoflow_hpc.rank.made import Made, MadeOutputs
 from exoflow_hpc.rank.naming import is_of_run, output_id, reference_id
 from exoflow_hpc.rank.reducing import Reducer
@@ -60,7 +60,10 @@ _RENEWALS = 4
 
 
 class Agent:
-    """One rank's part in one workflow at a time. All methods run in the loop's thread."""
+    """What a rank does for the controller of one run. All methods run inside of the loop.
+
+    send: ``send(rank, message)``.
+    """
 
     def __init__(
         self,
@@ -69,18 +72,17 @@ class Agent:
         pool: WorkerPool,
         slots: int,
         writer: checkpoint.WriterClient,
-        loop: Loop,
+        loop: Strand,
+        send: Callable[[int, ms.Message], None],
     ) -> None:
         self._store = store
         self._arena = arena
         self._pool = pool
         self._slots = slots
         self._loop = loop
-        self._send = lambda rank, message: None
-        #: None between two runs
+        self._send = send
+        #: None before the run and after it
         self._begun: ms.Begin | None = None
-        #: of the latest run, and its own name; empty before the first
-        self.workflow_id = self.workflow_dir = self.latest = ""
         self._controller = -1
         #: of the controller whose messages count: that of `_begun`, or of one that takes over from it
         self._epoch = -1
@@ -101,10 +103,6 @@ class Agent:
         #: attempts that the pool has
         self._submitted: dict[Job, None] = {}
         self._returning = False
-
-    def connect(self, send: Any) -> None:
-        """Set ``send(rank, message)``."""
-        self._send = send
 
     def close(self) -> None:
         """Wait for the helper threads."""
@@ -130,29 +128,29 @@ class Agent:
             case ms.Run():  # the most frequent one first
                 self._run(message)
             case ms.Renewed():
-                self._pool.set_lease(message.sent + self._begun.lease)
+                self._pool.set_lease(message.sent + self._begun.lease, self)
             case ms.Cancel():
                 self._cancel(message)
             case ms.Write():
                 self._saver.write(
                     message,
                     self._id(message.task, message.attempt, message.index),
-                    self.workflow_dir,
+                    self._begun.workflow_dir,
                     self._name(message.task),
                 )
             case ms.End():
                 self._end(rank, message)
 
     def _end(self, rank: int, message: ms.End) -> None:
-        self._leave()
+        self.leave()
         self._begun, self.ended, self._unsaid = None, message, None
         self._send(rank, ms.Over(message.epoch))
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Stop what still runs for the workflow that was begun, and free what was read for it."""
         self._stop(list(self._jobs.values()))
         self._made.clear()
-        self._pool.set_lease(None)
+        self._pool.set_lease(None, self)
         with contextlib.suppress(ClosedError, EvictedError, FileNotFoundError):  # the arena goes with the store
             for oid in self._loaded.values():
                 self._store.delete(oid)
@@ -197,15 +195,14 @@ class Agent:
                 job.run, job.task = renamed.run(job.run), spec.tasks[renamed.task(job.run.task)]
             self._jobs = {(job.run.task, job.run.attempt): job for job in self._jobs.values()}
             if not message.lease:
-                self._pool.set_lease(None)
+                self._pool.set_lease(None, self)
             unsaid = [said for one in unsaid if (said := renamed.said(one, message.epoch, kept)) is not None]
             fault.point("agent.kept")
         else:
-            self._leave()
+            self.leave()
             unsaid = []
         self._spec = spec
         self._begun, self._controller, self._epoch, self.ended = message, rank, message.epoch, None
-        self.workflow_id, self.workflow_dir, self.latest = message.workflow_id, message.workflow_dir, message.run
         self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
         for one in unsaid:
             self._reply(one)
@@ -274,7 +271,7 @@ class Agent:
                 self._fetch(job, position, self._loaded[self._key(place)])
             else:
                 job.coming[position] = ObjectID.random()  # any: it isn't looked for while it is read
-                self._helpers.submit(self._read, job, position, place, self.workflow_dir)
+                self._helpers.submit(self._read, job, position, place, self._begun.workflow_dir)
         self._start_if_complete(job)
 
     def _fetch(self, job: Job, position: int, oid: ObjectID) -> None:

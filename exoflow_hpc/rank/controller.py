@@ -21,7 +21,7 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.commits import Commits
 from exoflow_hpc.rank.effects import Effects
 from exoflow_hpc.rank.failure import Failure, pack_caught
-from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.loop import Strand
 from exoflow_hpc.rank.naming import output_id, reference_id
 from exoflow_hpc.rank.outputs import Output, place_of
 from exoflow_hpc.rank.progress import ProgressLine
@@ -68,7 +68,7 @@ class Controller:
         journal: Journal,
         history: Iterable[dict[str, Any]],
         store: ObjectStore,
-        loop: Loop,
+        loop: Strand,
         send: Callable[[int, ms.Message], None],
         progress: ProgressLine,
         tally: Tally,
@@ -548,7 +548,8 @@ class Controller:
     def end_message(self) -> ms.End:
         """Return what to tell the agents once there is an outcome."""
         assert self.outcome is not None
-        return ms.End(self._epoch, self.outcome.status, ms.pack_error(self.outcome.error))
+        error = ms.pack_error(self.outcome.error)
+        return ms.End(self._epoch, self.outcome.status, error, self._workflow_id, str(self._workflow_dir))
 
     def _id(self, task: int, attempt: int, index: int = -1) -> ObjectID:
         output = output_id(self._run, self._spec.tasks[task].name, attempt)

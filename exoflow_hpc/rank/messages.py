@@ -1,4 +1,7 @@
-"""What the controller and the agents of a workflow say to each other. Each message carries the controller's epoch (R10)."""
+"""What the controller and the agents of a workflow say to each other.
+
+Each message carries the controller's epoch (R10), and is sent with the number of the run it is about: all ranks count their runs alike.
+"""
 
 from __future__ import annotations
 
@@ -136,13 +139,16 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The run of the workflow is over; answered by `Over`. Epoch 0: it was refused before it began."""
+    """The run of the workflow is over; answered by `Over`. Epoch 0: whatever the epoch that a rank knows, it may know none."""
 
     epoch: int
     #: a final status, or RESUMABLE
     status: str
     #: pickled error, empty if there is none
     error: bytes = b""
+    #: of the workflow, empty if it was not begun
+    workflow_id: str = ""
+    workflow_dir: str = ""
 
     def to_error(self) -> ExoFlowError | None:
         """Return the error."""
@@ -274,7 +280,7 @@ class Corrupt:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The rank listens from now on: what was sent to it before may not have been heard. Epoch 0."""
+    """The rank takes part in the run from now on: what was sent to it before may not have been heard. Epoch 0."""
 
     epoch: int = 0
 
@@ -300,23 +306,22 @@ def pack_error(error: ExoFlowError | None) -> bytes:
     return b"" if error is None else pickle.dumps(error)
 
 
-def encode(message: Message) -> bytes:
-    """Return the bytes of a message."""
+def encode(run: int, message: Message) -> bytes:
+    """Return the bytes of a message about a run."""
     kind = type(message)
     values = [getattr(message, name) for name in _FIELDS[kind]]
     if kind is Run:
         values[-2:] = [
             [[getattr(one, name) for name in _FIELDS[InputPlace]] for one in places] for places in values[-2:]
         ]
-    packed: bytes = msgpack.packb([_NUMBERS[kind], *values])
+    packed: bytes = msgpack.packb([run, _NUMBERS[kind], *values])
     return packed
 
 
-def decode(data: bytes) -> Message:
-    """Return the message of its bytes."""
-    number, *values = msgpack.unpackb(data)
+def decode(data: bytes) -> tuple[int, Message]:
+    """Return the number of the run and the message of its bytes."""
+    run, number, *values = msgpack.unpackb(data)
     kind = _KINDS[number]
     if kind is Run:
         values[-2:] = [[InputPlace(*one) for one in places] for places in values[-2:]]
-    message: Message = kind(*values)
-    return message
+    return run, kind(*values)

@@ -10,7 +10,7 @@ from typing import Any
 from exoflow_hpc import records
 from exoflow_hpc.errors import ExoFlowError
 from exoflow_hpc.journal import Journal
-from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.loop import Strand
 
 __all__ = ["Recorder"]
 
@@ -21,7 +21,7 @@ _Failed = Callable[[BaseException], None]
 class Recorder:
     """Gives the records of one turn of the loop to the journal together, in order. Called in the loop's thread."""
 
-    def __init__(self, journal: Journal, loop: Loop) -> None:
+    def __init__(self, journal: Journal, loop: Strand) -> None:
         self._journal = journal
         self._loop = loop
         #: records that the journal has not been given yet, and what is to follow

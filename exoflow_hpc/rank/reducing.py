@@ -11,7 +11,7 @@ import numpy as np
 
 from exoflow_hpc.rank.failure import Failure
 from exoflow_hpc.rank.job import Job
-from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.loop import Strand
 from exoflow_hpc.records import INLINE_LIMIT
 from exoflow_hpc.worker.protocol import ArenaInput, InlineInput
 from hoplite_mpi import ClosedError, EvictedError, HopliteError, ObjectID
@@ -30,7 +30,7 @@ class Reducer:
     def __init__(
         self,
         store: ObjectStore,
-        loop: Loop,
+        loop: Strand,
         helpers: Executor,
         finished: Callable[[Job, Meta, bytes | None, float], None],
         failed: Callable[[Job, Failure], None],

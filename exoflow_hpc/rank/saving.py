@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from exoflow_hpc import checkpoint
 from exoflow_hpc.errors import ExoFlowError, StorageError
 from exoflow_hpc.rank import messages as ms
-from exoflow_hpc.rank.loop import Loop
+from exoflow_hpc.rank.loop import Strand
 from hoplite_mpi import ObjectID
 from hoplite_mpi.meta import Meta
 from hoplite_mpi.testing import fault
@@ -23,7 +23,7 @@ class Saver:
     """Has outputs written by the rank's writer process. All methods run in the loop's thread."""
 
     def __init__(
-        self, store: ObjectStore, writer: checkpoint.WriterClient, loop: Loop, reply: Callable[[ms.Message], None]
+        self, store: ObjectStore, writer: checkpoint.WriterClient, loop: Strand, reply: Callable[[ms.Message], None]
     ) -> None:
         self._store = store
         self._writer = writer

@@ -85,6 +85,8 @@ class WorkerPool:
         self._ahead: set[RemoteWorker] = set()
         self._crashed = 0
         self._limits = Limits()
+        #: who has set one → until when
+        self._leases: dict[object, float] = {}
         #: set once; from then on nothing is taken, and every handle gets its result
         self._closing = False
         self._close_timeout = 5.0
@@ -167,14 +169,17 @@ class WorkerPool:
             handle.done = True
             return True
 
-    def set_lease(self, until: float | None) -> None:
+    def set_lease(self, until: float | None, holder: object = None) -> None:
         """Have all workers killed, and none started, from *until* (`time.monotonic`) on, unless another one comes in time; None: never.
 
-        That is kept by the forkserver: also if this process is stopped.
+        Of several holders the earliest counts. It is kept by the forkserver: also if this process is stopped.
         """
         with self._lock:
             if not self._closing:
-                self._fleet.set_lease(until)
+                self._leases.pop(holder, None)
+                if until is not None:
+                    self._leases[holder] = until
+                self._fleet.set_lease(min(self._leases.values(), default=None))
                 if self._fleet.is_short:
                     self._fleet.wake()
 

@@ -278,6 +278,7 @@ def test_the_head_dies_before_the_others_know_of_the_run(tmp_path: Path, point: 
 
     def program() -> Any:
         import exoflow_hpc as ef
+        from exoflow_hpc.rank.agent import Agent
         from exoflow_hpc.storage import Storage
 
         @ef.task(max_retries=0)
@@ -291,9 +292,9 @@ def test_the_head_dies_before_the_others_know_of_the_run(tmp_path: Path, point: 
             return 1
 
         session = ef.api.rank_session()
+        begin = Agent._begin
         if session.rank:
-            begin = session._agent._begin
-            session._agent._begin = lambda rank, message: rank and begin(rank, message)
+            Agent._begin = lambda self, rank, message: rank and begin(self, rank, message)
         session.store.allreduce(np.ones(1))  # all have met: MPI crashes a process that meets one that is just gone
         place = Storage(tmp_path)
         if session.rank == 0:
@@ -348,7 +349,7 @@ def test_a_program_goes_on_without_its_first_rank(tmp_path: Path, point: str) ->
         for name in ("first", "second"):
             node = add.bind(add.bind(1), add.bind(2), len(results))
             results.append(ef.run(node, name, storage=tmp_path))
-        return results, session.is_head
+        return results, session.led
 
     results = run_ranks(3, program, kill=[(0, point)])
     assert results[0].exitcode == -signal.SIGKILL

@@ -43,9 +43,10 @@ class Harness:
         self.arena.delete.side_effect = lambda oid: oid in self.sealed and not self.sealed.remove(oid)
         self.arena.objects.side_effect = lambda: [Mock(oid=oid) for oid in self.sealed]
         self.loop = Loop()
-        self.agent = Agent(self.store, self.arena, self.pool, 2, Mock(), self.loop)
         self.said: list[ms.Message] = []
-        self.agent.connect(lambda rank, message: self.said.append(message))
+        self.agent = Agent(
+            self.store, self.arena, self.pool, 2, Mock(), self.loop, lambda rank, message: self.said.append(message)
+        )
         storage = Storage(directory)
         self.directory = str(storage.create("w", compile_workflow(f.bind()).to_bytes()))
         self.begin(1)

@@ -47,7 +47,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_round_trip(message: Any) -> None:
-    assert ms.decode(ms.encode(message)) == message
+    assert ms.decode(ms.encode(7, message)) == (7, message)
 
 
 def test_every_kind_is_tried() -> None:
@@ -56,7 +56,7 @@ def test_every_kind_is_tried() -> None:
 
 def test_end_carries_the_error() -> None:
     error = Failure("exception", "ValueError: no", "File flow.py", pickle.dumps(ValueError("no"))).to_error("f")
-    end = ms.decode(ms.encode(ms.End(1, "FAILED", ms.pack_error(error))))
+    _, end = ms.decode(ms.encode(0, ms.End(1, "FAILED", ms.pack_error(error))))
     assert isinstance(end, ms.End)
     found = end.to_error()
     assert isinstance(found, TaskError)
