@@ -15,6 +15,9 @@ class _Rank:
     slots: int
     #: workers that have nothing to do; below 0: as many tasks wait for one
     free: int
+    #: tasks of other workflows that are there, and how many workflows have any, this one included
+    others: int = 0
+    sharing: int = 1
     #: (task, attempt) → whether it holds a worker
     running: dict[tuple[int, int], bool] = field(default_factory=dict)
 
@@ -41,6 +44,13 @@ class Ranks:
         """Add a rank, which must not be there."""
         self._ranks[rank] = _Rank(incarnation, slots, slots)
         heapq.heappush(self._heap, (-slots, rank))
+
+    def share(self, rank: int, others: int, sharing: int) -> None:
+        """Note what other workflows have on a rank: so many tasks; *sharing*: workflows that have any, this one included."""
+        entry = self._ranks[rank]
+        entry.free += entry.others - others
+        entry.others, entry.sharing = others, sharing
+        heapq.heappush(self._heap, (-entry.free, rank))
 
     def lose(self, rank: int) -> list[tuple[int, int]]:
         """Remove a rank and return the attempts that ran there, in order."""
@@ -78,9 +88,19 @@ class Ranks:
         return sorted((task, attempt, rank) for (task, attempt), rank in self._where.items())
 
     def has_room(self, takes_worker: bool) -> bool:
-        """Whether any rank can start something now."""
+        """Whether any rank can start something now, or has others at work in our share of its workers."""
         top = self._top()
-        return top is not None and (not takes_worker or self._ranks[top].free > 0)
+        if top is None or not takes_worker:
+            return top is not None
+        entry = self._ranks[top]
+        ours = entry.slots - entry.others - entry.free
+        return entry.free > 0 or (entry.sharing > 1 and ours * entry.sharing < entry.slots)
+
+    @property
+    def idle(self) -> int:
+        """Workers without a task on the rank that has most of them."""
+        top = self._top()
+        return 0 if top is None else max(0, self._ranks[top].free)
 
     def ahead(self, tasks: int) -> int | None:
         """Return the rank where fewest tasks wait for a worker, if those are less than *tasks* for each worker."""

@@ -29,6 +29,8 @@ from .scheduler_events import (
     ObjectsLost,
     RankJoined,
     RankLost,
+    RankShared,
+    Recall,
     Release,
     RetryAfter,
     RetryDue,
@@ -306,6 +308,16 @@ class Scheduler:
         if task in self._table.due:
             self._commit(task)
 
+    def _on_rank_shared(self, event: RankShared) -> None:
+        if self._ranks.incarnation(event.rank) is None:
+            return
+        self._ranks.share(event.rank, event.others, event.sharing)
+        if event.waiting:
+            self._quick = False
+        for task, attempt in event.waiting[: self._ranks.idle]:
+            if self._ranks.where(task, attempt) == event.rank:
+                self._out.append(Recall(task, attempt, event.rank))
+
     def _on_failed(self, event: TaskFailed) -> None:
         task = event.task
         self._check_attempt(task, event.attempt)
@@ -320,7 +332,7 @@ class Scheduler:
             self._run[task] -= 1
             if not self._run[task]:
                 del self._run[task]
-            self._table.requeue(task)
+            self._table.requeue(task, begun=False)
             return
         if event.kind in ("rank-lost", "lost-input", "storage"):
             self._count_loss(task, event.kind, event.error)
@@ -624,6 +636,7 @@ _HANDLERS: dict[type, Any] = {
     Start: Scheduler._on_start,
     RankJoined: Scheduler._on_rank_joined,
     RankLost: Scheduler._on_rank_lost,
+    RankShared: Scheduler._on_rank_shared,
     TaskFinished: Scheduler._on_finished,
     TaskFailed: Scheduler._on_failed,
     TaskCommitted: Scheduler._on_committed,

@@ -24,6 +24,8 @@ __all__ = [
     "ObjectsLost",
     "RankJoined",
     "RankLost",
+    "RankShared",
+    "Recall",
     "Release",
     "RetryAfter",
     "RetryDue",
@@ -66,6 +68,19 @@ class RankLost:
     rank: int
     incarnation: int
     certain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RankShared:
+    """What other workflows have on a rank: so many tasks; *sharing*: workflows that have any, this one included.
+
+    waiting: (task, attempt) of those of this workflow that have waited there for a worker for long.
+    """
+
+    rank: int
+    others: int
+    sharing: int
+    waiting: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +149,8 @@ class TaskFailed:
     kind: ``"exception"`` (the function raised), ``"crash"`` (its worker died), ``"timeout"`` and ``"memory"``
     (its worker was killed for a limit of the task's), ``"rank-lost"`` (its rank did),
     ``"lost-input"`` (an input could not be had: *missing* names it, as (task, attempt)), ``"storage"`` (an input could
-    not be read from the storage, though it may be whole), ``"canceled"`` (as told by `CancelAttempt`), ``"returned"`` (it was
-    dispatched ahead, and has not begun, nor will it).
+    not be read from the storage, though it may be whole), ``"canceled"`` (as told by `CancelAttempt`), ``"returned"`` (as asked by
+    `Recall`: it has not begun, nor will it).
     retryable: for an exception, whether it is of the task's `retry_exceptions`.
     """
 
@@ -199,6 +214,7 @@ Event = (
     Start
     | RankJoined
     | RankLost
+    | RankShared
     | TaskFinished
     | TaskFailed
     | TaskCommitted
@@ -265,6 +281,15 @@ class CancelAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Have *attempt* returned if it has not begun: another rank has room."""
+
+    task: int
+    attempt: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Void:
     """Void the output of a task, and whatever of it is on its way into the journal (R5); answer with `Voided`.
 
@@ -318,7 +343,7 @@ class Catch:
     error: Any = None
 
 
-Instruction = Dispatch | Commit | Release | CancelAttempt | Void | Rollback | RetryAfter | Catch | Finish
+Instruction = Dispatch | Commit | Release | CancelAttempt | Recall | Void | Rollback | RetryAfter | Catch | Finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,10 +167,10 @@ class TaskTable:
             heapq.heappop(queue)
         return queue[0] if queue else None
 
-    def requeue(self, task: int) -> None:
-        """A RUNNING task has to run again, and so has any input lost while it ran."""
+    def requeue(self, task: int, *, begun: bool = True) -> None:
+        """A RUNNING task has to run again, and so has any input lost while it ran. begun: something may have come of it already."""
         self.state[task] = TaskState.WAITING
-        if task in self._effects:
+        if begun and task in self._effects:
             self._redo((task,))
         self.missing[task] = self._count_missing(task)
         self._make_ready(task)

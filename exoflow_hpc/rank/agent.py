@@ -23,6 +23,7 @@ from exoflow_hpc.rank.naming import is_of_run, output_id, reference_id
 from exoflow_hpc.rank.reducing import Reducer
 from exoflow_hpc.rank.renumbering import Renumbering
 from exoflow_hpc.rank.saving import Saver
+from exoflow_hpc.rank.shares import Shares
 from exoflow_hpc.records import INLINE_LIMIT
 from exoflow_hpc.spec import WorkflowSpec
 from exoflow_hpc.storage import Storage
@@ -53,8 +54,10 @@ log = logging.getLogger("exoflow_hpc.agent")
 
 #: seconds between looks at whether inputs that have not come still exist
 _INPUT_CHECK = 2.0
-#: seconds after which a task that waits for a worker is returned: what runs here takes longer than was thought, and others may be idle
-_RETURN_AFTER = 0.25
+#: seconds after which the controller is told of a task that waits for a worker: other ranks may be idle
+_LONG_WAIT = 0.25
+#: seconds after which it is told that other runs have more tasks here, or fewer
+_SHARES_PERIOD = 0.05
 #: how often a lease is renewed while it lasts
 _RENEWALS = 4
 
@@ -71,6 +74,7 @@ class Agent:
         arena: Arena,
         pool: WorkerPool,
         slots: int,
+        shares: Shares,
         writer: checkpoint.WriterClient,
         loop: Strand,
         send: Callable[[int, ms.Message], None],
@@ -102,7 +106,10 @@ class Agent:
         self._checking = False
         #: attempts that the pool has
         self._submitted: dict[Job, None] = {}
-        self._returning = False
+        self._share = shares.join(self._submitted, self._note_shares)
+        #: whether the controller will be told of what waits, and of what others have; and what it was told of the latter
+        self._looking = self._telling = False
+        self._told = (0, 1)
 
     def close(self) -> None:
         """Wait for the helper threads."""
@@ -131,6 +138,8 @@ class Agent:
                 self._pool.set_lease(message.sent + self._begun.lease, self)
             case ms.Cancel():
                 self._cancel(message)
+            case ms.Recall():
+                self._recall(message)
             case ms.Write():
                 self._saver.write(
                     message,
@@ -145,6 +154,11 @@ class Agent:
         self.leave()
         self._begun, self.ended, self._unsaid = None, message, None
         self._send(rank, ms.Over(message.epoch))
+
+    def retire(self) -> None:
+        """The rank takes part in the run no longer."""
+        self.leave()
+        self._share.leave()
 
     def leave(self) -> None:
         """Stop what still runs for the workflow that was begun, and free what was read for it."""
@@ -203,7 +217,9 @@ class Agent:
             unsaid = []
         self._spec = spec
         self._begun, self._controller, self._epoch, self.ended = message, rank, message.epoch, None
+        self._told = (0, 1)
         self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
+        self._tell_shares()
         for one in unsaid:
             self._reply(one)
         if message.lease:
@@ -379,9 +395,7 @@ class Agent:
         )
         job.submitted = time.monotonic()
         self._submitted[job] = None
-        if len(self._submitted) > self._slots and not self._returning:
-            self._returning = True
-            self._loop.after(_RETURN_AFTER, self._return_late)
+        self._share.changed()
         job.handle = self._pool.submit(
             request,
             lambda result: self._loop.post(lambda: self._ran(job, result)),
@@ -392,22 +406,48 @@ class Agent:
             ),
         )
 
-    def _return_late(self) -> None:
-        """Return tasks that have waited for a worker for too long."""
-        self._returning = False
-        limit = time.monotonic() - _RETURN_AFTER
-        for job in reversed(list(self._submitted)):
-            if len(self._submitted) <= self._slots:
-                return
-            if job.submitted <= limit and not job.over and job.handle is not None and self._pool.withdraw(job.handle):
-                del self._submitted[job]
-                self._failed(job, Failure("returned", "it has waited for a worker"))
-        self._returning = True
-        self._loop.after(_RETURN_AFTER, self._return_late)
+        if not self._looking and not job.handle.has_begun:
+            self._looking = True
+            self._loop.after(_LONG_WAIT, self._look)
+
+    def _look(self) -> None:
+        """Tell the controller what has waited for a worker for long."""
+        limit = time.monotonic() - _LONG_WAIT
+        waiting = [
+            job for job in self._submitted if job.handle is not None and not job.handle.has_begun and not job.over
+        ]
+        late = [[job.run.task, job.run.attempt] for job in waiting if job.submitted <= limit]
+        if late:
+            self._tell_shares(late)
+        self._looking = bool(waiting)
+        if waiting:
+            self._loop.after(_LONG_WAIT, self._look)
+
+    def _note_shares(self) -> None:
+        if not self._telling and self._share.besides != self._told:
+            self._telling = True
+            self._loop.after(_SHARES_PERIOD, self._tell_shares)
+
+    def _tell_shares(self, waiting: list[list[int]] | None = None) -> None:
+        """Tell the controller what other runs have here, if that is new, and what waits."""
+        if waiting is None:
+            self._telling = False
+        if self._begun is None or self._unsaid is not None or (self._share.besides == self._told and not waiting):
+            return
+        self._told = self._share.besides
+        self._reply(ms.Shared(self._epoch, *self._told, waiting or []))
+
+    def _recall(self, message: ms.Recall) -> None:
+        job = self._jobs.get((message.task, message.attempt))
+        if job is not None and job.handle is not None and self._pool.withdraw(job.handle):
+            del self._submitted[job]
+            self._share.changed()
+            self._failed(job, Failure("returned", "it has waited for a worker"))
 
     def _ran(self, job: Job, result: TaskResult) -> None:
         oid = job.output
         self._submitted.pop(job, None)
+        self._share.changed()
         if job.over or not isinstance(result, TaskDone):
             # a worker that died, or was killed, may have sealed an output that nobody will ask for
             self._arena.delete(oid)

@@ -263,6 +263,9 @@ class Controller:
                 self._awaited.discard(rank)
                 self._effects.joined(rank, message.process, message.sent)
                 self.tell(ev.RankJoined(rank, incarnation, message.slots))
+            case ms.Shared():
+                waiting = tuple((task, attempt) for task, attempt in message.waiting)
+                self.tell(ev.RankShared(rank, message.others, message.sharing, waiting))
             case ms.Failed():
                 self._failed(message)
             case ms.Written():
@@ -363,6 +366,8 @@ class Controller:
                     self._release(what)
                 case ev.CancelAttempt():
                     self._cancel_attempt(what)
+                case ev.Recall():
+                    self.send(what.rank, ms.Recall(self._epoch, what.task, what.attempt))
                 case ev.Void():
                     self._commits.void(what)
                 case ev.Rollback():

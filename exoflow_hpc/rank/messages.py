@@ -27,10 +27,12 @@ __all__ = [
     "Over",
     "Progress",
     "Ready",
+    "Recall",
     "Renew",
     "Renewed",
     "Report",
     "Run",
+    "Shared",
     "Survey",
     "Write",
     "WriteFailed",
@@ -119,6 +121,15 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Return an attempt that waits for a worker; no answer if it has begun."""
+
+    epoch: int
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop an attempt; answered by what became of it."""
 
@@ -167,6 +178,17 @@ class Ready:
     sent: float = 0.0
     #: `heartbeat.identity` of the rank
     process: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """As `scheduler_events.RankShared`."""
+
+    epoch: int
+    others: int
+    sharing: int
+    #: [task, attempt] each
+    waiting: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +314,10 @@ class Over:
     epoch: int
 
 
-_ToAgent = Begin | Survey | Renewed | Run | Cancel | Write | End
-_ToController = Ready | Report | Renew | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
+_ToAgent = Begin | Survey | Renewed | Run | Cancel | Recall | Write | End
+_ToController = (
+    Ready | Shared | Report | Renew | Finished | Failed | Written | WriteFailed | Progress | Corrupt | Hello | Over
+)
 Message = _ToAgent | _ToController
 
 _KINDS: tuple[type[Any], ...] = (*get_args(_ToAgent), *get_args(_ToController))

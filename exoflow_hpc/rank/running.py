@@ -42,6 +42,7 @@ _CANCEL_PERIOD = 0.5
 #: messages of these types are for the controller, others for the agent
 _FOR_CONTROLLER = (
     ms.Ready,
+    ms.Shared,
     ms.Report,
     ms.Renew,
     ms.Finished,
@@ -70,7 +71,9 @@ class Running:
         self._quiet, self._terminal = quiet, terminal
         self._loop = Strand(session.loop)
         arena = session.store.runtime.arena
-        self._agent = Agent(session.store, arena, session.pool, session.slots, session.writer, self._loop, self._send)
+        self._agent = Agent(
+            session.store, arena, session.pool, session.slots, session.shares, session.writer, self._loop, self._send
+        )
         self._controller: Controller | Takeover | None = None
         #: whether this rank has controlled the run, at its end at least, and whether another one has, at its begin
         self.led = self._was_led = False
@@ -144,7 +147,7 @@ class Running:
         try:
             return self._take_part(prepare, repeatable)
         finally:
-            self._agent.leave()
+            self._agent.retire()
 
     def _take_part(self, prepare: Prepare, repeatable: bool) -> Ended:
         try:

@@ -16,6 +16,7 @@ from exoflow_hpc.outcome import Ended
 from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.running import Prepare, Running
+from exoflow_hpc.rank.shares import Shares
 from exoflow_hpc.rank.turns import Turn
 from exoflow_hpc.settings import Settings
 from exoflow_hpc.worker.pool import WorkerPool
@@ -71,6 +72,7 @@ class Session:
         arena = {"run": place.arena, "rank": place.rank, "incarnation": place.incarnation}
         self.pool = WorkerPool(self.slots, spawner=spawner, arena=arena, on_exit=self._reap)
         self.pool.start()
+        self.shares = Shares()
         self.loop.drive(self.pool.drive, self.pool.wake)
         self.view: View = self.store.on_view(lambda view, lost: self.loop.post(lambda: self._new_view(view, lost)))
         #: (rank, incarnation) of all that have been in the view

@@ -46,6 +46,12 @@ class TaskHandle:
         #: the most bytes that it was seen to use; measured only if it has a limit
         self.memory_used = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a worker is at it, or was; a moment old."""
+        worker = self.worker
+        return self.done or (worker is not None and worker.handle is self)
+
 
 class RemoteWorker:
     """One worker process. All methods are called with the pool's lock held; none blocks.

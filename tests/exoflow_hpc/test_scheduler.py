@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from exoflow_hpc.scheduler_events import (
     ObjectsLost,
     RankJoined,
     RankLost,
+    RankShared,
+    Recall,
     Release,
     Start,
     TaskCommitted,
@@ -338,6 +341,47 @@ def test_what_is_returned_has_not_run_and_waits_for_a_free_worker() -> None:
     assert dispatched(scheduler.handle(TaskFinished(2, 0, 0))) == [3]
     assert dispatched(scheduler.handle(TaskFinished(3, 1, 0))) == [4]
     assert scheduler.counters.rerun == 0
+
+
+def test_what_waits_is_recalled_if_another_rank_has_room() -> None:
+    spec = spec_of(*[{}] * 4, {"after": tuple(range(4))})
+    scheduler, out = started(spec, ranks=((0, 0, 2), (1, 0, 2)))
+    assert dispatched(out) == [0, 1, 2, 3]
+    here = [instruction.task for instruction in out if isinstance(instruction, Dispatch) and instruction.rank == 0]
+    waiting = tuple((task, 0) for task in here)
+    assert scheduler.handle(RankShared(0, 2, 2, waiting)) == [], "no rank has room"
+    (there,) = set(range(4)) - set(here) - {max(set(range(4)) - set(here))}
+    scheduler.handle(TaskFinished(there, 0, 1))
+    (recall,) = scheduler.handle(RankShared(0, 2, 2, waiting))
+    assert recall == Recall(here[0], 0, 0)
+    (again,) = scheduler.handle(TaskFailed(here[0], 0, "returned"))
+    assert isinstance(again, Dispatch) and (again.task, again.rank) == (here[0], 1)
+    assert scheduler.counters.rerun == 0
+
+
+@pytest.mark.parametrize("how", [{"idempotent": True}, {"rollback": "undo"}])
+def test_an_effect_that_was_not_begun_is_not_undone(how: dict[str, Any]) -> None:
+    scheduler, (order,) = started(spec_of({"external": True, **how}, {"after": (0,)}), ranks=((0, 0, 1), (1, 0, 1)))
+    other = 1 - order.rank
+    (recall,) = scheduler.handle(RankShared(order.rank, 1, 2, ((0, 0),)))
+    assert recall == Recall(0, 0, order.rank)
+    assert scheduler.handle(TaskFailed(0, 0, "returned")) == [Dispatch(0, 1, other, ())]
+    assert scheduler.counters.rolled_back == scheduler.counters.rerun == 0
+
+
+def test_workers_are_shared_with_other_workflows() -> None:
+    """No more goes where others are at work, but for our share of the workers there, which is used in turns."""
+    spec = spec_of(*[{}] * 20, {"after": tuple(range(20))})
+    scheduler = Scheduler(spec)
+    scheduler.handle(RankJoined(0, 0, 4))
+    scheduler.handle(RankJoined(1, 0, 4))
+    scheduler.handle(RankShared(0, 4, 2))
+    scheduler.handle(RankShared(1, 3, 2))
+    ranks = [one.rank for one in scheduler.handle(Start()) if isinstance(one, Dispatch)]
+    assert ranks[0] == 1, "where a worker is idle"
+    assert Counter(ranks) == {0: 2, 1: 2}, "half of the workers, and not more"
+    out = scheduler.handle(RankShared(1, 0, 1))
+    assert [one.rank for one in out if isinstance(one, Dispatch)] == [1, 1]
 
 
 @pytest.mark.parametrize("option", [{"external": True, "idempotent": True}, {"timeout": 1.0}, {"memory": 1 << 30}])

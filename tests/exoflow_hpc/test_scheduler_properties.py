@@ -21,6 +21,8 @@ from exoflow_hpc.scheduler_events import (
     ObjectsLost,
     RankJoined,
     RankLost,
+    RankShared,
+    Recall,
     Release,
     RetryAfter,
     RetryDue,
@@ -75,8 +77,9 @@ class Attempt:
 class Cluster:
     """Ranks with memory and a journal: does one random thing at a time, checks each instruction against the truth."""
 
-    def __init__(self, spec: WorkflowSpec, rng: random.Random, faults: int) -> None:
+    def __init__(self, spec: WorkflowSpec, rng: random.Random, faults: int, sharing: bool = True) -> None:
         self.spec = spec
+        self.sharing = sharing
         self.rng = rng
         self.faults = faults
         self.truth = true_values(spec)
@@ -98,8 +101,9 @@ class Cluster:
         self.happened = set(self.journal) | known_to_have_happened(self.spec.tasks, set(self.journal))
         self.known_committed = set(self.journal)
         self.had_faults = False
-        self.quick = False
+        self.quick = self.shared = False
         self.returned = 0
+        self.recalled: list[Recall] = []
         self.ran: dict[int, int] = {}
         self.finish: Finish | None = None
         self.scheduler = Scheduler(
@@ -121,6 +125,16 @@ class Cluster:
     def tell(self, event: Event) -> None:
         for instruction in self.scheduler.handle(event):
             self.obey(instruction)
+        while self.recalled:
+            self.return_recalled(self.recalled.pop())
+
+    def return_recalled(self, recall: Recall) -> None:
+        """Return an attempt that has not begun; of one that has, nothing is said."""
+        for run in self.running:
+            if (run.task, run.attempt) == (recall.task, recall.attempt) and run.values is None and not run.canceled:
+                self.running.remove(run)
+                self.came_back(run)
+                return
 
     # ------------------------------------------------------------------------------------------ instructions, checked
     def obey(self, instruction: Instruction) -> None:
@@ -146,6 +160,8 @@ class Cluster:
                     run.canceled = True
         elif isinstance(instruction, RetryAfter):
             self.waits.append(instruction)
+        elif isinstance(instruction, Recall):
+            self.recalled.append(instruction)
         else:
             self.finish = instruction
 
@@ -158,7 +174,7 @@ class Cluster:
         assert order.rank in self.live
         if task.kind == "task":
             busy = [run for run in self.running if run.rank == order.rank and self.spec.tasks[run.task].kind == "task"]
-            if len(busy) >= SLOTS:  # ahead: only while nobody is idle
+            if len(busy) >= SLOTS and not self.shared:  # ahead: only while nobody is idle
                 assert self.quick and len(busy) < SLOTS * (1 + _AHEAD)
                 held = [run.rank for run in self.running if self.spec.tasks[run.task].kind == "task"]
                 assert all(held.count(rank) >= SLOTS for rank in self.live)
@@ -205,6 +221,8 @@ class Cluster:
             actions.append(self.replace)
         if self.faults:
             actions += [self.kill_rank, self.fail_attempt, self.crash_everything, self.repeat_something]
+        if self.sharing and self.running and self.rng.random() < 0.3:
+            actions.append(self.share)
         assert actions, f"stuck: {[self.scheduler.story(t) for t in range(len(self.spec.tasks))]}"
         self.rng.choice(actions)()
 
@@ -214,10 +232,7 @@ class Cluster:
         if run.canceled and self.rng.random() < 0.7:
             self.tell(TaskFailed(run.task, run.attempt, "canceled"))
         elif run.values is None and self.rng.random() < 0.1 and self.spec.tasks[run.task].kind == "task":
-            self.returned += 1
-            self.ran[run.task] -= 1
-            self.quick = False
-            self.tell(TaskFailed(run.task, run.attempt, "returned"))
+            self.came_back(run)
         elif values is None:
             gone = tuple(
                 (i.task, i.attempt)
@@ -233,6 +248,24 @@ class Cluster:
             self.happened.add(run.task)
             self.quick = self.rng.random() < 0.7
             self.tell(TaskFinished(run.task, run.attempt, run.rank, self.rng.randrange(100), self.quick))
+
+    def came_back(self, run: Attempt) -> None:
+        self.returned += 1
+        self.ran[run.task] -= 1
+        self.quick = False
+        self.tell(TaskFailed(run.task, run.attempt, "returned"))
+
+    def share(self) -> None:
+        """Other workflows come to a rank, or leave it."""
+        if self.live:
+            rank = self.rng.choice(list(self.live))
+            others = self.rng.randrange(2 * SLOTS)
+            waiting = [run for run in self.running if run.rank == rank and run.values is None]
+            self.shared = True
+            if waiting:
+                self.quick = False
+            keys = tuple((run.task, run.attempt) for run in waiting)
+            self.tell(RankShared(rank, others, 1 + (others > 0), keys))
 
     def end_commit(self) -> None:
         task, attempt, value = self.commits.pop(self.rng.randrange(len(self.commits)))
@@ -335,7 +368,7 @@ def needed_without(spec: WorkflowSpec, committed: set[int]) -> set[int]:
 @settings(max_examples=300, deadline=None)
 def test_every_run_ends_with_the_right_value(seed: int, count: int, faults: int) -> None:
     rng = random.Random(seed)
-    cluster = Cluster(random_spec(rng, count), rng, faults)
+    cluster = Cluster(random_spec(rng, count), rng, faults, sharing=rng.random() < 0.5)
     cluster.run()
     spec = cluster.spec
     assert cluster.finish == Finish("SUCCESSFUL", spec.output)

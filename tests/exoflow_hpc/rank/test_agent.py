@@ -17,6 +17,7 @@ from exoflow_hpc.rank import messages as ms
 from exoflow_hpc.rank.agent import Agent
 from exoflow_hpc.rank.loop import Loop
 from exoflow_hpc.rank.naming import output_id, reference_id
+from exoflow_hpc.rank.shares import Shares
 from exoflow_hpc.storage import Storage
 from exoflow_hpc.worker.protocol import Put, TaskCancelled, TaskCrashed, TaskDone, TaskFailed, TaskResult
 from hoplite_mpi.errors import StoreFullError
@@ -44,8 +45,16 @@ class Harness:
         self.arena.objects.side_effect = lambda: [Mock(oid=oid) for oid in self.sealed]
         self.loop = Loop()
         self.said: list[ms.Message] = []
+        self.shares = Shares()
         self.agent = Agent(
-            self.store, self.arena, self.pool, 2, Mock(), self.loop, lambda rank, message: self.said.append(message)
+            self.store,
+            self.arena,
+            self.pool,
+            2,
+            self.shares,
+            Mock(),
+            self.loop,
+            lambda rank, message: self.said.append(message),
         )
         storage = Storage(directory)
         self.directory = str(storage.create("w", compile_workflow(f.bind()).to_bytes()))
@@ -263,19 +272,52 @@ def test_storage_that_cannot_be_read_is_not_a_failure_of_the_task(
     assert (said.kind, said.error[1]) == ("storage", "stale file handle")
 
 
-def test_what_waits_long_for_a_worker_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "_RETURN_AFTER", 0.0)
+def test_what_waits_long_for_a_worker_is_told_and_returned_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "_LONG_WAIT", 0.0)
     harness = Harness(tmp_path)
-    handles = [Mock(), Mock(), Mock(), Mock()]
+    handles = [Mock(has_begun=attempt < 2) for attempt in range(4)]
     harness.pool.submit.side_effect = handles
-    harness.pool.withdraw.side_effect = lambda handle: handle is handles[3]  # the others have begun
+    harness.pool.withdraw.side_effect = lambda handle: handle is handles[3]  # the third one begins at that moment
     harness.said.clear()
     for attempt in range(4):
         harness.agent.handle(3, ms.Run(1, 0, attempt, 0, False, [], []))
-    assert harness.loop.run_until(lambda: harness.pool.withdraw.call_count >= 4, 10)
-    (said,) = harness.said
-    assert isinstance(said, ms.Failed)
-    assert (said.kind, said.attempt) == ("returned", 3)
+    assert harness.loop.run_until(lambda: bool(harness.said), 10)
+    assert harness.said[0] == ms.Shared(1, 0, 1, [[0, 2], [0, 3]])
+    harness.said.clear()
+    for attempt in (2, 3):
+        harness.agent.handle(3, ms.Recall(1, 0, attempt))
+    failed = [said for said in harness.said if isinstance(said, ms.Failed)]
+    assert [(said.kind, said.attempt) for said in failed] == [("returned", 3)]
+
+
+def test_the_controller_is_told_what_other_runs_have(harness: Harness) -> None:
+    tasks: list[int] = []
+    other = harness.shares.join(tasks, Mock())
+    harness.said.clear()
+    tasks += [1, 2, 3]
+    other.changed()
+    assert harness.loop.run_until(lambda: bool(harness.said), 10)
+    assert harness.said == [ms.Shared(1, 3, 2)]
+    harness.begin(2)
+    assert [type(said) for said in harness.said[1:]] == [ms.Ready, ms.Shared], "who begins anew does not know"
+    harness.said.clear()
+    tasks.clear()
+    other.leave()
+    assert harness.loop.run_until(lambda: bool(harness.said), 10)
+    assert harness.said == [ms.Shared(2, 0, 1)]
+
+
+def test_others_are_told_what_a_run_has(harness: Harness) -> None:
+    told = Mock()
+    other = harness.shares.join([], told)
+    run(harness)
+    assert told.call_count == 1
+    assert other.besides == (1, 2)
+    harness.agent.handle(3, ms.End(1, "SUCCESSFUL"))
+    harness.agent.retire()
+    assert other.besides == (0, 1)
 
 
 # -- what was put by reference ----------------------------------------------------------------------------------------------------

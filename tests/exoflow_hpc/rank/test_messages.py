@@ -25,6 +25,8 @@ MESSAGES = [
     ms.Cancel(3, 7, 1),
     ms.Write(3, 7, 1),
     ms.End(3, "SUCCESSFUL"),
+    ms.Recall(3, 1, 2),
+    ms.Shared(3, 4, 2, [[1, 0]]),
     ms.Begin(3, "w", "/storage/workflows/w", "c0ffee", 2.5),
     ms.Begin(3, "w", "/storage/workflows/w", "c0ffee", 2.5, [[0, 1], [2, 0]]),
     ms.Survey(3, "/storage/workflows/w", "c0ffee"),
