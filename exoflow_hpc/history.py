@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from exoflow_hpc import checkpoint, heartbeat, journal, records, serialize
 from exoflow_hpc.errors import CanceledError, CorruptCheckpointError, ExoFlowError
 from exoflow_hpc.expansion import expand
+from exoflow_hpc.outcome import Ended
 from exoflow_hpc.references import StoredObjects, resolving
 from exoflow_hpc.semantics import descendants
 from exoflow_hpc.spec import SEPARATOR, WorkflowSpec
@@ -26,6 +27,7 @@ __all__ = [
     "check_reference",
     "committed_tasks",
     "continued",
+    "ended",
     "error_of",
     "expanded",
     "expired_tasks",
@@ -349,6 +351,18 @@ def last_end(history: Iterable[dict[str, Any]]) -> records.WorkflowFinished | No
         elif isinstance(record, records.WorkflowStarted):
             end = None
     return end
+
+
+def ended(workflow_dir: Path, workflow_id: str, before: str | None = None) -> Ended | None:
+    """Return how the last run of a workflow ended; None if it has not, or was begun before this one or with it: `last_run` was *before*."""
+    past = journal.read(workflow_dir).records
+    end = last_end(past)
+    if end is None or (before is not None and last_run(past) == before):
+        return None
+    error = error_of(end) if end.status == Status.FAILED else None
+    if end.status == Status.CANCELED:
+        error = canceled(workflow_id)
+    return Ended(workflow_id, end.status, error, directory=str(workflow_dir))
 
 
 def status_of(workflow_dir: Path, *, watch: bool = True) -> tuple[str, journal.History]:

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from exoflow_hpc import exitcodes
-from exoflow_hpc.history import Status
+from exoflow_hpc import exitcodes, journal
+from exoflow_hpc.history import Status, ended, last_run
+from exoflow_hpc.storage import Storage
+from exoflow_hpc.summary import summarize
 from hoplite_mpi import cleanup
 from hoplite_mpi.launch import LocalRanks
 
@@ -54,9 +56,15 @@ def run_local(workflow_id: str, storage: Path, ranks: int, *, quiet: bool = Fals
     A rank that dies is replaced; if all die, all start again and go on from what is committed.
     """
     started = lost = 0
+    place = Storage(storage, create=False)
+    directory = place.directory(workflow_id)
+    before = last_run(journal.read(directory).records)
     try:
         for attempt in range(MAX_RESTARTS + 1):
             summary, code, count = _run_once(workflow_id, storage, ranks, quiet)
+            if summary is None and (end := ended(directory, workflow_id, before)) is not None:  # nobody could say so
+                summary = summarize(place, end)
+                summary["ranks"].update(started=count, lost=count)
             if summary is not None:
                 summary["ranks"]["started"] += started
                 summary["ranks"]["lost"] += lost

@@ -38,5 +38,3 @@ class Ended:
     outcome: Outcome | None = None
     #: of the workflow, empty if it was not begun
     directory: str = ""
-    #: whether this rank controlled the run, at its end at least
-    led: bool = False

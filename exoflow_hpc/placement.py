@@ -13,13 +13,23 @@ __all__ = ["Ranks"]
 class _Rank:
     incarnation: int
     slots: int
-    #: workers that have nothing to do; below 0: as many tasks wait for one
+    #: workers that no task was given to; below 0: as many tasks wait for one
     free: int
     #: tasks of other workflows that are there, and how many workflows have any, this one included
     others: int = 0
     sharing: int = 1
     #: (task, attempt) → whether it holds a worker
     running: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> int:
+        """Tasks of this workflow that have a worker, or wait for one."""
+        return self.slots - self.others - self.free
+
+    @property
+    def used(self) -> float:
+        """The part of our share of the workers that we have."""
+        return self.ours * self.sharing / self.slots
 
 
 class Ranks:
@@ -29,6 +39,8 @@ class Ranks:
         self._ranks: dict[int, _Rank] = {}
         #: (-free, rank); an entry is valid if it agrees with the rank's `free`, and each rank has a valid one
         self._heap: list[tuple[int, int]] = []
+        #: (used part of our share, rank) of ranks where others are at work, likewise
+        self._shares: list[tuple[float, int]] = []
         #: (task, attempt) → rank, for all that runs on a live rank
         self._where: dict[tuple[int, int], int] = {}
 
@@ -43,14 +55,14 @@ class Ranks:
     def join(self, rank: int, incarnation: int, slots: int) -> None:
         """Add a rank, which must not be there."""
         self._ranks[rank] = _Rank(incarnation, slots, slots)
-        heapq.heappush(self._heap, (-slots, rank))
+        self._changed(rank)
 
     def share(self, rank: int, others: int, sharing: int) -> None:
         """Note what other workflows have on a rank: so many tasks; *sharing*: workflows that have any, this one included."""
         entry = self._ranks[rank]
         entry.free += entry.others - others
         entry.others, entry.sharing = others, sharing
-        heapq.heappush(self._heap, (-entry.free, rank))
+        self._changed(rank)
 
     def lose(self, rank: int) -> list[tuple[int, int]]:
         """Remove a rank and return the attempts that ran there, in order."""
@@ -66,7 +78,7 @@ class Ranks:
         self._where[task, attempt] = rank
         if takes_worker:
             entry.free -= 1
-            heapq.heappush(self._heap, (-entry.free, rank))
+            self._changed(rank)
 
     def end(self, task: int, attempt: int) -> bool:
         """Note that an attempt is over; False if it wasn't running on a live rank."""
@@ -76,7 +88,7 @@ class Ranks:
         entry = self._ranks[rank]
         if entry.running.pop((task, attempt)):
             entry.free += 1
-            heapq.heappush(self._heap, (-entry.free, rank))
+            self._changed(rank)
         return True
 
     def where(self, task: int, attempt: int) -> int | None:
@@ -88,24 +100,23 @@ class Ranks:
         return sorted((task, attempt, rank) for (task, attempt), rank in self._where.items())
 
     def has_room(self, takes_worker: bool) -> bool:
-        """Whether any rank can start something now, or has others at work in our share of its workers."""
+        """Whether any rank can start something now: it has a free worker, or others are at work in our share of its workers."""
         top = self._top()
         if top is None or not takes_worker:
             return top is not None
-        entry = self._ranks[top]
-        ours = entry.slots - entry.others - entry.free
-        return entry.free > 0 or (entry.sharing > 1 and ours * entry.sharing < entry.slots)
+        return self._ranks[top].free > 0 or self._unused() is not None
 
-    @property
-    def idle(self) -> int:
-        """Workers without a task on the rank that has most of them."""
+    def has_more_room(self, rank: int) -> int:
+        """Return how many workers are free on another rank, if none is on *rank*."""
         top = self._top()
-        return 0 if top is None else max(0, self._ranks[top].free)
+        if top is None or top == rank or self._ranks[rank].free > 0:
+            return 0
+        return max(0, self._ranks[top].free)
 
     def ahead(self, tasks: int) -> int | None:
         """Return the rank where fewest tasks wait for a worker, if those are less than *tasks* for each worker."""
         top = self._top()
-        return None if top is None or self._ranks[top].free <= -tasks * self._ranks[top].slots else top
+        return None if top is None or self._ranks[top].ours >= (1 + tasks) * self._ranks[top].slots else top
 
     def choose(self, nbytes: Mapping[int, int], takes_worker: bool) -> int | None:
         """Return the rank with room and most of *nbytes* (by rank), then the idlest, then the lowest; or None."""
@@ -116,7 +127,32 @@ class Ranks:
         ]
         if able:
             return min(able, key=lambda rank: (-nbytes[rank], -self._ranks[rank].free, rank))
-        return self._top() if self.has_room(takes_worker) else None
+        top = self._top()
+        return top if top is None or not takes_worker or self._ranks[top].free > 0 else self._unused()
+
+    def _changed(self, rank: int) -> None:
+        """Enter a rank anew into the heaps; what is behind valid entries in them is dropped now and then."""
+        entry = self._ranks[rank]
+        heapq.heappush(self._heap, (-entry.free, rank))
+        if entry.sharing > 1:
+            heapq.heappush(self._shares, (entry.used, rank))
+        limit = 64 + 4 * len(self._ranks)
+        if len(self._heap) > limit:
+            self._heap = [(-one.free, rank) for rank, one in self._ranks.items()]
+            heapq.heapify(self._heap)
+        if len(self._shares) > limit:
+            self._shares = [(one.used, rank) for rank, one in self._ranks.items() if one.sharing > 1]
+            heapq.heapify(self._shares)
+
+    def _unused(self) -> int | None:
+        """Return the rank with others at work on which most of our share of the workers is unused; None: we have all of them."""
+        while self._shares:
+            used, rank = self._shares[0]
+            entry = self._ranks.get(rank)
+            if entry is not None and entry.sharing > 1 and entry.used == used:
+                return rank if used < 1 else None
+            heapq.heappop(self._shares)
+        return None
 
     def _top(self) -> int | None:
         """Return the rank with most free workers."""

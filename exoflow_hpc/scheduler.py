@@ -314,8 +314,8 @@ class Scheduler:
         self._ranks.share(event.rank, event.others, event.sharing)
         if event.waiting:
             self._quick = False
-        for task, attempt in event.waiting[: self._ranks.idle]:
-            if self._ranks.where(task, attempt) == event.rank:
+        for task, attempt in event.waiting[: self._ranks.has_more_room(event.rank)]:
+            if self._ranks.where(task, attempt) == event.rank and self._undoing.rolling != (task, attempt):
                 self._out.append(Recall(task, attempt, event.rank))
 
     def _on_failed(self, event: TaskFailed) -> None:

@@ -106,7 +106,7 @@ class Agent:
         self._checking = False
         #: attempts that the pool has
         self._submitted: dict[Job, None] = {}
-        self._share = shares.join(self._submitted, self._note_shares)
+        self._share = shares.join(self._note_shares)
         #: whether the controller will be told of what waits, and of what others have; and what it was told of the latter
         self._looking = self._telling = False
         self._told = (0, 1)
@@ -158,6 +158,7 @@ class Agent:
     def retire(self) -> None:
         """The rank takes part in the run no longer."""
         self.leave()
+        self._begun = self._unsaid = None
         self._share.leave()
 
     def leave(self) -> None:
@@ -219,7 +220,7 @@ class Agent:
         self._begun, self._controller, self._epoch, self.ended = message, rank, message.epoch, None
         self._told = (0, 1)
         self._send(rank, ms.Ready(message.epoch, self._slots, time.monotonic(), heartbeat.identity()))
-        self._tell_shares()
+        self._tell_shares([])
         for one in unsaid:
             self._reply(one)
         if message.lease:
@@ -395,7 +396,7 @@ class Agent:
         )
         job.submitted = time.monotonic()
         self._submitted[job] = None
-        self._share.changed()
+        self._share.add(1)
         job.handle = self._pool.submit(
             request,
             lambda result: self._loop.post(lambda: self._ran(job, result)),
@@ -404,6 +405,7 @@ class Agent:
                     ms.Progress(self._epoch, job.run.task, run.attempt, progress.fraction, progress.text)
                 )
             ),
+            self if self._begun.lease else None,
         )
 
         if not self._looking and not job.handle.has_begun:
@@ -424,30 +426,32 @@ class Agent:
             self._loop.after(_LONG_WAIT, self._look)
 
     def _note_shares(self) -> None:
-        if not self._telling and self._share.besides != self._told:
+        if not self._telling:
             self._telling = True
-            self._loop.after(_SHARES_PERIOD, self._tell_shares)
+            self._loop.after(_SHARES_PERIOD, self._noted_shares)
 
-    def _tell_shares(self, waiting: list[list[int]] | None = None) -> None:
+    def _noted_shares(self) -> None:
+        self._telling = False
+        self._tell_shares([])
+
+    def _tell_shares(self, waiting: list[list[int]]) -> None:
         """Tell the controller what other runs have here, if that is new, and what waits."""
-        if waiting is None:
-            self._telling = False
         if self._begun is None or self._unsaid is not None or (self._share.besides == self._told and not waiting):
             return
         self._told = self._share.besides
-        self._reply(ms.Shared(self._epoch, *self._told, waiting or []))
+        self._reply(ms.Shared(self._epoch, *self._told, waiting))
 
     def _recall(self, message: ms.Recall) -> None:
         job = self._jobs.get((message.task, message.attempt))
         if job is not None and job.handle is not None and self._pool.withdraw(job.handle):
             del self._submitted[job]
-            self._share.changed()
+            self._share.add(-1)
             self._failed(job, Failure("returned", "it has waited for a worker"))
 
     def _ran(self, job: Job, result: TaskResult) -> None:
         oid = job.output
-        self._submitted.pop(job, None)
-        self._share.changed()
+        del self._submitted[job]
+        self._share.add(-1)
         if job.over or not isinstance(result, TaskDone):
             # a worker that died, or was killed, may have sealed an output that nobody will ask for
             self._arena.delete(oid)

@@ -54,7 +54,7 @@ log = logging.getLogger("exoflow_hpc.controller")
 
 
 class Controller:
-    """Runs one workflow in one epoch. All methods run in the loop's thread.
+    """Runs one workflow in one epoch. All methods run inside of the loop.
 
     found: the run, and what is left in it of the controller that this one takes over from.
     continued: what *spec* is expanded by, as in `messages.Begin`.
@@ -205,6 +205,10 @@ class Controller:
         """Tell a rank again, that may not have been listening."""
         if self._agents.get(rank) == incarnation and self.outcome is None:
             self._begin(rank)
+
+    def without(self, rank: int) -> None:
+        """A rank takes no part: the run was over for it before this controller came."""
+        self._awaited.discard(rank)
 
     def _begin(self, rank: int) -> None:
         where = (self._workflow_id, str(self._workflow_dir), self._run)
@@ -448,7 +452,7 @@ class Controller:
     def append(
         self, record: records.Record, durable: Callable[[], None], failed: Callable[[BaseException], None] | None = None
     ) -> None:
-        """Journal a record; *durable* or *failed* follows in the loop's thread."""
+        """Journal a record; *durable* or *failed* follows inside of the loop."""
         self._recorder.append(record, durable, failed or self.broken)
 
     def continued(self, task: int, attempt: int) -> None:

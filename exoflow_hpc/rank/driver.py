@@ -17,7 +17,7 @@ Which = tuple[int, int]
 
 
 class Driver(Protocol):
-    """Seen from a part of the controller. All calls come in the loop's thread."""
+    """Seen from a part of the controller. All calls come inside of the loop."""
 
     def append(
         self,

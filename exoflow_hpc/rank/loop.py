@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -15,7 +16,9 @@ from typing import Any
 
 __all__ = ["Loop", "Strand"]
 
-#: seconds of a wait at most, so that signals are handled between two calls
+log = logging.getLogger("exoflow_hpc")
+
+#: seconds of a wait at most, so that signals are handled between two calls, and a hand-over that a signal has prevented is made up for
 _LONGEST_WAIT = 1.0
 #: calls that are made at most before what the loop waits for is looked at again
 _BATCH = 64
@@ -89,7 +92,7 @@ class Loop:
 
     def _enter(self) -> None:
         if not self._inside.acquire(blocking=False):
-            self._wanting += 1  # under the GIL; one too few, or too many, costs a moment only
+            self._wanting += 1
             try:
                 self._inside.acquire()
             finally:
@@ -127,8 +130,8 @@ class Loop:
             while not done():
                 if not self._driver:
                     return self._make_calls(done, deadline)
-                rest = None if deadline is None else deadline - time.monotonic()
-                if rest is not None and rest <= 0:
+                rest = _LONGEST_WAIT if deadline is None else min(_LONGEST_WAIT, deadline - time.monotonic())
+                if rest <= 0:
                     return False
                 with self.outside():
                     waiter.wake.wait(rest)
@@ -194,7 +197,7 @@ class Loop:
 
 
 class Strand:
-    """What one run has the loop do. An error of one of its calls comes out of its own `run_until`, and disturbs no other run."""
+    """What one run has the loop do. An error of one of its calls comes out of its own `run_until`, and of no other run's."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -216,6 +219,8 @@ class Strand:
         except Exception as error:
             if self._error is None:
                 self._error = error
+            else:
+                log.error("an error after another one", exc_info=error)
 
     def run_until(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
         """As `Loop.run_until`; raises what a call has raised."""

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import msgpack
 
 from exoflow_hpc.errors import ExoFlowError
+from exoflow_hpc.outcome import Ended
 
 __all__ = [
     "Begin",
@@ -165,6 +166,10 @@ class End:
         """Return the error."""
         return pickle.loads(self.error) if self.error else None
 
+    def to_ended(self) -> Ended:
+        """Return what a rank knows that was told."""
+        return Ended(self.workflow_id, self.status, self.to_error(), directory=self.workflow_dir)
+
 
 # -- agent to controller -----------------------------------------------------------------------------------------------------
 
@@ -193,7 +198,9 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the rank has of a run: outputs that it has made, and attempts that go on. By names of the tasks: indices may be others now.
+    """What the rank has of a run: outputs that it has made, and attempts that go on; without workers it takes no part, or not yet.
+
+    By names of the tasks: indices may be others now.
 
     What it has to say of them otherwise comes after the next `Begin`.
     """
@@ -302,14 +309,20 @@ class Corrupt:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The rank takes part in the run from now on: what was sent to it before may not have been heard. Epoch 0."""
+    """The rank takes part in the run: what was sent to it before may not have been heard. Epoch 0.
+
+    asks: to be answered by what is known of the run: `End`, or another one of these.
+    """
 
     epoch: int = 0
+    asks: bool = False
+    #: id, directory and run (`Begin`) if the rank was told to begin; else empty
+    begun: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """`End` has come: the controller's rank may leave."""
+    """`End` has come, or a `Begin` after it: the controller's rank may leave, and need not wait for this one."""
 
     epoch: int
 

@@ -19,7 +19,7 @@ _Failed = Callable[[BaseException], None]
 
 
 class Recorder:
-    """Gives the records of one turn of the loop to the journal together, in order. Called in the loop's thread."""
+    """Gives the records of one turn of the loop to the journal together, in order. Called inside of the loop."""
 
     def __init__(self, journal: Journal, loop: Strand) -> None:
         self._journal = journal

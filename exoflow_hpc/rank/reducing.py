@@ -25,7 +25,7 @@ __all__ = ["Reducer"]
 
 
 class Reducer:
-    """Carries out reduces that have all their inputs. All methods run in the loop's thread unless they say otherwise."""
+    """Carries out reduces that have all their inputs. All methods run inside of the loop unless they say otherwise."""
 
     def __init__(
         self,

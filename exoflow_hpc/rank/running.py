@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +57,8 @@ _FOR_CONTROLLER = (
 _GOODBYE = 5.0
 #: seconds in which what the head said last comes, though it has left already: by another way than the new view
 _LAST_WORDS = 0.2
+#: seconds that ranks may take to say what they know of a run
+_ANSWERS = 2.0
 #: seconds that ranks may take to report to a head that takes over
 _REPORTS = 15.0
 #: seconds for which a head that was lost may go on beating before its follower gives up: by then it knows that it is out of the view
@@ -68,6 +71,8 @@ class Running:
     def __init__(self, session: Session, turn: Turn, quiet: bool, terminal: bool) -> None:
         self._session = session
         self._turn = turn
+        #: rank that controls the run
+        self._head = controlling(session.view, turn.first)
         self._quiet, self._terminal = quiet, terminal
         self._loop = Strand(session.loop)
         arena = session.store.runtime.arena
@@ -78,17 +83,15 @@ class Running:
         #: whether this rank has controlled the run, at its end at least, and whether another one has, at its begin
         self.led = self._was_led = False
         #: ranks that were told that the run is over and have not answered, and what they were told
-        self._leaving: set[int] = set()
+        self._leaving: set[tuple[int, int]] = set()
         self._goodbye: ms.End | None = None
+        #: rank → what it knows of the run (`Hello.begun`), of those that have answered when they were asked
+        self._heard: dict[int, list[str]] = {}
 
     @property
     def is_head(self) -> bool:
         """Whether this rank controls the run."""
         return self._head == self._session.rank
-
-    @property
-    def _head(self) -> int:
-        return controlling(self._session.view, self._turn.first)
 
     @property
     def end(self) -> ms.End | None:
@@ -115,23 +118,33 @@ class Running:
             if self._controller is not None:
                 self._controller.handle(*peer, message)
         elif isinstance(message, ms.Over):
-            self._leaving.discard(peer[0])
+            self._leaving.discard(peer)
+            if isinstance(self._controller, Controller):
+                self._controller.without(peer[0])
         elif isinstance(message, ms.Hello):
-            if self._controller is not None:
-                self._controller.greet(*peer)
-            if self._goodbye is not None:
-                self._send(peer[0], self._goodbye)
+            self._greeted(peer, message)
         else:
             self._agent.handle(peer[0], message)
 
-    def on_view(self, view: View, before: View, lost: tuple[Member, ...]) -> None:
-        """Take a new view, which the session has already."""
-        self._loop.call(self._on_view, view, before, lost)
+    def _greeted(self, peer: tuple[int, int], message: ms.Hello) -> None:
+        if self._goodbye is not None:
+            self._send(peer[0], dataclasses.replace(self._goodbye, epoch=0))  # it may never have been told to begin
+        elif message.asks:
+            self._send(peer[0], ms.Hello(begun=[*(self._agent.run or ())]))
+        else:
+            self._heard[peer[0]] = message.begun
+        if self._controller is not None:
+            self._controller.greet(*peer)
 
-    def _on_view(self, view: View, before: View, lost: tuple[Member, ...]) -> None:
-        if self._head not in (self._session.rank, controlling(before, self._turn.first)):
+    def on_view(self, view: View, lost: tuple[Member, ...]) -> None:
+        """Take a new view, which the session has already."""
+        self._loop.call(self._on_view, view, lost)
+
+    def _on_view(self, view: View, lost: tuple[Member, ...]) -> None:
+        before, self._head = self._head, controlling(view, self._turn.first)
+        if self._head != before:
             self.greet()  # it may have asked before this rank took part
-        self._leaving.intersection_update(view.ranks)
+        self._leaving.intersection_update(self._session.members())
         if self._controller is not None:
             self._controller.on_view(view, lost)
 
@@ -153,18 +166,21 @@ class Running:
         try:
             storage: Storage | None = None
             workflow_id = run = ""
-            if not self.is_head:
+            if not self.is_head or self._agent.ended is not None:
                 ended = self._follow()
                 if ended is not None:
                     return ended
-                if self._agent.run is not None:
-                    workflow_id, directory, run = self._agent.run
-                    storage = Storage(Path(directory).parent.parent, create=False)
+            known = self._agent.run or self._ask()
+            if self._agent.ended is not None:
+                return self._agent.ended.to_ended()
+            if known is not None:
+                workflow_id, directory, run = known
+                storage = Storage(Path(directory).parent.parent, create=False)
             self.led = True
             if storage is None and self._was_led and not repeatable:
                 error = ExoFlowError("the rank that controls the run is gone, and no other knows what it was to run")
                 self._refuse(error, history.Status.RESUMABLE)
-                return Ended("", history.Status.RESUMABLE, error, led=True)
+                return Ended("", history.Status.RESUMABLE, error)
         except BaseException as error:
             self._leave(error)
             raise
@@ -176,19 +192,20 @@ class Running:
                 self._refuse(error)
                 raise
         try:
-            return self._lead(
-                storage, workflow_id, run or (self._untold(storage, workflow_id) if self._was_led else "")
-            )
+            return self._lead(storage, workflow_id, run or self._untold(storage, workflow_id))
         except BaseException as error:
             self._leave(error)
             raise
 
     def _leave(self, error: BaseException) -> None:
         """Leave the others, and tell them why if they wait for what this rank says."""
-        with contextlib.suppress(Exception):  # the first error is the one to report
-            if self.is_head:
-                self._refuse(error, history.Status.RESUMABLE)
-            self._session.store.close()
+        try:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                if self.is_head:
+                    self._refuse(error, history.Status.RESUMABLE)
+        finally:
+            with contextlib.suppress(Exception):
+                self._session.store.close()
 
     @property
     def _prefix(self) -> str:
@@ -197,9 +214,26 @@ class Running:
 
     def _untold(self, storage: Storage, workflow_id: str) -> str:
         """Return what the run is called if another rank has begun it, and was lost before it could say so here; empty: it is not begun."""
+        if not self._session.has_lost:
+            return ""
         with self._loop.outside():
             run = history.last_run(journal.read(storage.directory(workflow_id)).records)
         return run if run.startswith(self._prefix) else ""
+
+    def _ask(self) -> tuple[str, str, str] | None:
+        """Ask the others whether they were told of the run, if its head may have been lost before this rank came; return what they say."""
+        if not self._session.has_lost:
+            return None
+        others = [rank for rank in self._session.view.ranks if rank != self._session.rank]
+        for rank in others:
+            self._send(rank, ms.Hello(asks=True))
+
+        def is_known() -> bool:
+            return self._agent.ended is not None or self._session.store.closed or any(self._heard.values())
+
+        # who is at its own work has not begun anything
+        self._loop.run_until(lambda: is_known() or self._heard.keys() >= set(others), _ANSWERS)
+        return next(((known[0], known[1], known[2]) for known in self._heard.values() if known), None)
 
     def _follow(self) -> Ended | None:
         """Run what is dispatched here until the run ends; None: this rank has to control it from now on."""
@@ -210,7 +244,7 @@ class Running:
             self._loop.run_until(lambda: self._agent.ended is not None, _LAST_WORDS)
         end = self._agent.ended
         if end is not None:
-            return Ended(end.workflow_id, end.status, end.to_error(), directory=end.workflow_dir)
+            return end.to_ended()
         if not store.closed:
             return None
         return Ended("", history.Status.RESUMABLE, self._left_behind())
@@ -247,29 +281,25 @@ class Running:
                 status = history.Status.CANCELED
             known = str(directory) if run else ""
             self._refuse(error, status, workflow_id, known)
-            return Ended(workflow_id, status, error, directory=known, led=True)
+            return Ended(workflow_id, status, error, directory=known)
         finally:
             self._controller = None
         outcome = controller.outcome
         if outcome is None:
             why = "the others went on without the rank that controls the run: resume the workflow"
-            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why), directory=str(directory), led=True)
+            return Ended(workflow_id, history.Status.RESUMABLE, ExoFlowError(why), directory=str(directory))
         self._dismiss(controller.end_message(), self._session.view.ranks)
         progress.finish(outcome.status)
-        return Ended(workflow_id, outcome.status, outcome.error, outcome, str(directory), led=True)
+        return Ended(workflow_id, outcome.status, outcome.error, outcome, str(directory))
 
     def _ended_before(self, directory: Path, workflow_id: str) -> Ended | None:
         """Tell the others how a run has ended if it had when its head was lost, and return it."""
         with self._loop.outside():
-            end = history.last_end(journal.read(directory).records)
-        if end is None:
-            return None
-        error = history.error_of(end) if end.status == history.Status.FAILED else None
-        if end.status == history.Status.CANCELED:
-            error = history.canceled(workflow_id)
-        said = ms.End(0, end.status, ms.pack_error(error), workflow_id, str(directory))
-        self._dismiss(said, self._session.view.ranks)
-        return Ended(workflow_id, end.status, error, directory=str(directory), led=True)
+            ended = history.ended(directory, workflow_id)
+        if ended is not None:
+            said = ms.End(0, ended.status, ms.pack_error(ended.error), workflow_id, str(directory))
+            self._dismiss(said, self._session.view.ranks)
+        return ended
 
     def _refuse(self, error: BaseException, status: str = REFUSED, workflow_id: str = "", directory: str = "") -> None:
         """Tell the other ranks that the run they wait for will not begin, or not go on."""
@@ -282,8 +312,10 @@ class Running:
 
     def _dismiss(self, message: ms.End, ranks: Iterable[int]) -> None:
         """Say that the run is over, and wait for the answers: to leave before them would look like a failure."""
-        self._leaving, self._goodbye = set(ranks), message
-        for rank in ranks:
+        to = set(ranks)
+        self._goodbye = message
+        self._leaving = {peer for peer in self._session.members() if peer[0] in to}
+        for rank in to:
             self._send(rank, message)
         self._loop.run_until(lambda: not self._leaving or self._session.store.closed, _GOODBYE)
 
@@ -296,7 +328,7 @@ class Running:
         run: see `_lead`; own: the epoch in which this rank has controlled it until now, 0: it has not.
         """
         session, directory = self._session, storage.directory(workflow_id)
-        with self._loop.outside():  # other runs don't wait for this one's storage
+        with self._loop.outside():  # other runs don't wait for what takes long
             base = WorkflowSpec.from_bytes(storage.spec(workflow_id), str(directory / "spec"))
             if not own:
                 refuse_if_active(directory, workflow_id, _STILL_BEATING if run else 0.0)
@@ -336,7 +368,8 @@ class Running:
                 yield controller
                 beat.handed_on = controller.goes_on
         finally:
-            journal.close()
+            with self._loop.outside():
+                journal.close()
 
     def _find(
         self, directory: Path, spec: WorkflowSpec, journal: Journal, past: History, run: str, tally: Tally, own: bool

@@ -20,7 +20,7 @@ __all__ = ["Saver"]
 
 
 class Saver:
-    """Has outputs written by the rank's writer process. All methods run in the loop's thread."""
+    """Has outputs written by the rank's writer process. All methods run inside of the loop."""
 
     def __init__(
         self, store: ObjectStore, writer: checkpoint.WriterClient, loop: Strand, reply: Callable[[ms.Message], None]

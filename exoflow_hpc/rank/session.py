@@ -60,7 +60,7 @@ class Session:
         self._early: dict[int, list[tuple[_Peer, ms.Message]]] = {}
         #: number → how it has ended, for those that join later
         self._ended: dict[int, ms.End] = {}
-        #: whether this rank has controlled the latest run, at its end at least
+        #: whether this rank has controlled the run that ended last, at its end at least
         self.led = False
         self._closed = False
         # at once: what comes before somebody listens is lost
@@ -77,6 +77,8 @@ class Session:
         self.view: View = self.store.on_view(lambda view, lost: self.loop.post(lambda: self._new_view(view, lost)))
         #: (rank, incarnation) of all that have been in the view
         self.met = set(self.members())
+        #: whether a rank may have been lost, so that what it had begun is to be looked for
+        self.has_lost = place.incarnation > 0
 
     def _reap(self, pid: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # after an eviction the store, and with it the arena, goes first
@@ -104,20 +106,31 @@ class Session:
             running.take(peer, message)
             return
         end = self._ended.get(run)
-        if end is None:
-            self._early.setdefault(run, []).append((peer, message))
-        elif isinstance(message, ms.Hello):
-            self.send(run, peer[0], dataclasses.replace(end, epoch=0))
-        elif isinstance(message, ms.End):
+        if isinstance(message, ms.End):  # this rank need not take part any more
+            self._ended.setdefault(run, message)
+            self._early.pop(run, None)
             self.send(run, peer[0], ms.Over(message.epoch))
-        elif isinstance(message, ms.Survey):  # what it had is gone
+        elif isinstance(message, ms.Survey):  # what it had is gone, or it has not had anything yet
             self.send(run, peer[0], ms.Report(message.epoch, 0, [], []))
+        elif end is not None:
+            if isinstance(message, ms.Hello):
+                self.send(run, peer[0], dataclasses.replace(end, epoch=0))
+            elif isinstance(message, ms.Begin):
+                self.send(run, peer[0], ms.Over(message.epoch))
+        else:
+            early = self._early.setdefault(run, [])
+            early.append((peer, message))
+            if isinstance(message, ms.Hello) and message.asks:
+                begun = [one for _, one in early if isinstance(one, ms.Begin)]
+                known = [begun[-1].workflow_id, begun[-1].workflow_dir, begun[-1].run] if begun else []
+                self.send(run, peer[0], ms.Hello(begun=known))
 
     def _new_view(self, view: View, lost: tuple[Member, ...]) -> None:
-        before, self.view = self.view, view
+        self.view = view
         self.met.update(self.members())
+        self.has_lost = self.has_lost or bool(lost)
         for running in self._runs.values():
-            running.on_view(view, before, lost)
+            running.on_view(view, lost)
 
     # -- running -------------------------------------------------------------------------------------------------------------
 
@@ -145,25 +158,26 @@ class Session:
         turn: default: the next one. After an error that nobody foresaw this rank leaves the others, so that they don't wait for it.
         """
         turn = turn or self.turn()
+        self.led = False
         if self.store.closed:
             raise ExoFlowError(f"rank {self.rank} has left the other ranks, so it can run nothing with them")
         show = sys.stderr.isatty() if terminal is None else terminal
-        running = Running(self, turn, quiet, show)
-        try:
-            with self.loop:
-                self._runs[turn.number] = running
+        with contextlib.ExitStack() as stack, self.loop:
+            end = self._ended.get(turn.number)
+            if end is not None:
+                return end.to_ended()
+            running = self._runs[turn.number] = Running(self, turn, quiet, show)
+            stack.callback(running.close)  # outside of the loop
+            try:
                 for peer, message in self._early.pop(turn.number, ()):
                     running.take(peer, message)
                 running.greet()
-                try:
-                    return running.take_part(prepare, repeatable)
-                finally:
-                    del self._runs[turn.number]
-                    self.led = running.led
-                    if running.end is not None:
-                        self._ended[turn.number] = running.end
-        finally:
-            running.close()
+                return running.take_part(prepare, repeatable)
+            finally:
+                del self._runs[turn.number]
+                self.led = running.led
+                if running.end is not None:
+                    self._ended[turn.number] = running.end
 
     def close(self) -> None:
         """Free everything; never hangs on dead peers. May be called twice."""

@@ -44,7 +44,7 @@ class Found:
 
 
 class Takeover:
-    """Stands in for the controller of a new epoch until each rank of the view has reported. All methods run in the loop's thread."""
+    """Stands in for the controller of a new epoch until each rank of the view has reported. All methods run inside of the loop."""
 
     def __init__(self, epoch: int, directory: str, run: str, send: Callable[[int, ms.Message], None]) -> None:
         self._question = ms.Survey(epoch, directory, run)
@@ -119,7 +119,7 @@ class Takeover:
             one = kept.get(named.get(task, -1))
             if output.data is None and (one is None or one.running or one.attempt != attempt):
                 store.delete(ids[task, attempt])
-        ranks = {rank: (self._asked[rank], report.slots) for rank, report in self._reports.items()}
+        ranks = {rank: (self._asked[rank], report.slots) for rank, report in self._reports.items() if report.slots}
         return Found(run, ranks, kept, _chosen(spec, kept, outputs))
 
 

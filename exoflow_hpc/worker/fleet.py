@@ -55,7 +55,8 @@ class Fleet:
         #: for people: the last start that failed
         self.failure = ""
         self._failed_starts = 0
-        self._lease: float | None = None
+        #: holder → until when its tasks may run
+        self._leases: dict[int, float] = {}
         self._next_number = 1
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -66,20 +67,20 @@ class Fleet:
         """Pid of the forkserver; None while there is none."""
         return None if self._spawner is None else self._spawner.pid
 
-    @property
-    def lease_is_over(self) -> bool:
-        """Whether no worker may be, until there is another lease: what waits for one goes on waiting."""
-        return self._lease is not None and time.monotonic() >= self._lease
+    def is_over(self, holder: int) -> bool:
+        """Whether no worker may have tasks of *holder*, until it has another lease."""
+        until = self._leases.get(holder)
+        return until is not None and time.monotonic() >= until
 
     @property
     def is_short(self) -> bool:
         """Whether workers are missing that `fill` would start."""
-        return len(self.workers) < self._size and self._failed_starts < MAX_FAILED_STARTS and not self.lease_is_over
+        return len(self.workers) < self._size and self._failed_starts < MAX_FAILED_STARTS
 
     @property
     def is_hopeless(self) -> bool:
         """Whether there is no worker, and so many starts have failed that no more are made."""
-        return not self.workers and self._failed_starts >= MAX_FAILED_STARTS and not self.lease_is_over
+        return not self.workers and self._failed_starts >= MAX_FAILED_STARTS
 
     def hope(self) -> None:
         """Allow one more start after all have failed."""
@@ -89,8 +90,8 @@ class Fleet:
         """Start the forkserver if it wasn't given. OSError if that can't be done."""
         if self._spawner is None:
             self._spawner = Spawner()
-            if self._lease is not None:
-                self._spawner.set_lease(self._lease)
+            for holder, until in self._leases.items():
+                self._spawner.set_lease(holder, until)
         self._selector.register(self._spawner, selectors.EVENT_READ, self._on_control)
 
     def fill(self) -> None:
@@ -143,11 +144,19 @@ class Fleet:
             mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.has_output else 0)
             self._selector.modify(worker.socket, mask, key.data)
 
-    def set_lease(self, until: float | None) -> None:
+    def set_lease(self, holder: int, until: float | None) -> None:
         """See `Spawner.set_lease`; a forkserver that is started later has it as well."""
-        self._lease = until
+        self._leases.pop(holder, None)
+        if until is not None:
+            self._leases[holder] = until
         if self._spawner is not None:
-            self._spawner.set_lease(until)
+            self._spawner.set_lease(holder, until)
+
+    def set_holder(self, worker: RemoteWorker, holder: int) -> None:
+        """Say whose tasks a worker is about to get; before it gets one."""
+        if worker.holder != holder and self._spawner is not None:
+            self._spawner.set_holder(worker.number, holder)
+        worker.holder = holder
 
     def kill(self, worker: RemoteWorker, cause: str) -> None:
         """Have *worker* killed, with all processes in its group. The listener is told when it is gone."""
@@ -187,7 +196,7 @@ class Fleet:
             elif isinstance(event, WorkerExited):
                 # a reply that it sent before its end is still in the socket
                 self._read(worker, all_of_it=True)
-                if self.lease_is_over and worker.cause is None:
+                if self.is_over(worker.holder) and worker.cause is None:
                     worker.cause = "was killed: nothing was heard of the controller for the length of the lease"
                     worker.lease_ended = True
                 text = describe_exit(event.exitcode)

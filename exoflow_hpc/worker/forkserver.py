@@ -37,9 +37,11 @@ class _Server:
         self._libc = ctypes.CDLL(None, use_errno=True)
         #: pid → number of the worker, for each child that is not reaped
         self._workers: dict[int, int] = {}
-        #: `time.monotonic` until which workers may be (R10b); None: for as long as the rank is. Kept here and not by the rank: that may be
+        #: holder → `time.monotonic` until which workers may be that have tasks of it (R10b). Kept here and not by the rank: that may be
         #: stopped while its workers go on
-        self._lease: float | None = None
+        self._leases: dict[int, float] = {}
+        #: number of a worker → holder whose tasks it has
+        self._holders: dict[int, int] = {}
 
     def serve(self) -> socket.socket | None:
         """Serve the rank. Returns twice: None when the rank is gone, and in each worker the worker's socket."""
@@ -57,9 +59,10 @@ class _Server:
             return None
         while True:
             ready, _, _ = select.select(sources, [], [], self._time_left())
-            if self._is_over() and self._control not in ready:  # what is there may be a new one
-                for pid in self._workers:
-                    _kill_group(pid)
+            if self._control not in ready:  # what is there may be a new lease
+                for pid, number in self._workers.items():
+                    if self._is_over(number):
+                        _kill_group(pid)
             if read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(read, _MAX_MESSAGE)
@@ -80,18 +83,17 @@ class _Server:
                     return worker_socket
 
     def _handle(self, message: list[Any], descriptors: list[int]) -> socket.socket | None:
-        kind, number = message
+        kind, number, detail = message
         if kind == "kill":
             self._kill(number)
             return None
         if kind == "lease":
-            self._lease = number
+            self._leases.pop(number, None)
+            if detail is not None:
+                self._leases[number] = detail
             return None
-        if self._is_over():
-            self._tell(
-                "unstarted", number, "was not started: nothing was heard of the controller for the length of the lease"
-            )
-            socket.socket(fileno=descriptors[0]).close()
+        if kind == "holder":
+            self._holders[number] = detail
             return None
         sock = socket.socket(fileno=descriptors[0])
         sock.set_inheritable(False)  # what a task starts by os.system() must not hold it open
@@ -111,14 +113,18 @@ class _Server:
         self._tell("started", number, pid)
         return None
 
-    def _is_over(self) -> bool:
-        return self._lease is not None and time.monotonic() >= self._lease
+    def _ends(self, number: int) -> float | None:
+        """Return when the lease is over of what a worker has; None: never."""
+        return self._leases.get(self._holders.get(number, 0))
+
+    def _is_over(self, number: int) -> bool:
+        end = self._ends(number)
+        return end is not None and time.monotonic() >= end
 
     def _time_left(self) -> float | None:
-        """Return seconds until the lease is over, if there is anybody whom that concerns."""
-        if self._lease is None or not self._workers:
-            return None
-        return max(0.0, self._lease - time.monotonic())
+        """Return seconds until a lease is over, if there is anybody whom that concerns."""
+        ends = [end for number in self._workers.values() if (end := self._ends(number)) is not None]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _become_worker(self, keep: int) -> None:
         # a group of its own: it can be killed with all that its tasks start
@@ -168,6 +174,7 @@ class _Server:
             _, status = os.waitpid(pid, 0)
             number = self._workers.pop(pid, None)
             if number is not None:
+                self._holders.pop(number, None)
                 self._tell("exited", number, os.waitstatus_to_exitcode(status))
 
     def _end(self) -> None:

@@ -85,8 +85,11 @@ class WorkerPool:
         self._ahead: set[RemoteWorker] = set()
         self._crashed = 0
         self._limits = Limits()
-        #: who has set one → until when
-        self._leases: dict[object, float] = {}
+        #: who has set a lease → its number
+        self._holders: dict[object, int] = {}
+        self._next_holder = 1
+        #: tasks of those whose lease is over
+        self._parked: deque[TaskHandle] = deque()
         #: set once; from then on nothing is taken, and every handle gets its result
         self._closing = False
         self._close_timeout = 5.0
@@ -122,10 +125,14 @@ class WorkerPool:
         request: TaskRequest,
         on_done: Callable[[TaskResult], object],
         on_progress: Callable[[Progress], object] | None = None,
+        holder: object = None,
     ) -> TaskHandle:
-        """Have *request* run when a worker is free; exactly one result comes to *on_done*. ExoFlowError if closed."""
-        handle = TaskHandle(request, on_done, on_progress)
+        """Have *request* run when a worker is free; exactly one result comes to *on_done*. ExoFlowError if closed.
+
+        holder: whose lease it runs under (`set_lease`); None: under none.
+        """
         with self._lock:
+            handle = TaskHandle(request, on_done, on_progress, 0 if holder is None else self._number_of(holder))
             if self._closing:
                 raise ExoFlowError(f"the worker pool is closed: task {request.identity.task_id!r} can't be started")
             self._queue.append(handle)
@@ -149,7 +156,7 @@ class WorkerPool:
                 if handle.worker is not None and handle.worker.handle is not handle:
                     self._take_back(handle.worker)
                 if handle.worker is None:
-                    self._queue.remove(handle)
+                    self._unqueue(handle)
                     self._finish(handle, TaskCancelled())
                 else:
                     self._fleet.kill(handle.worker, "was cancelled")
@@ -165,23 +172,37 @@ class WorkerPool:
                 self._take_back(handle.worker)
             if handle.worker is not None:
                 return False
-            self._queue.remove(handle)
+            self._unqueue(handle)
             handle.done = True
             return True
 
-    def set_lease(self, until: float | None, holder: object = None) -> None:
-        """Have all workers killed, and none started, from *until* (`time.monotonic`) on, unless another one comes in time; None: never.
+    def _unqueue(self, handle: TaskHandle) -> None:
+        (self._queue if handle in self._queue else self._parked).remove(handle)
 
-        Of several holders the earliest counts. It is kept by the forkserver: also if this process is stopped.
+    def _number_of(self, holder: object) -> int:
+        if holder not in self._holders:
+            self._holders[holder] = self._next_holder
+            self._next_holder += 1
+        return self._holders[holder]
+
+    def set_lease(self, until: float | None, holder: object) -> None:
+        """Have workers killed that have tasks of *holder*, and none of these begun, from *until* (`time.monotonic`) on.
+
+        Unless another one is set in time; None: never, and the holder is forgotten. The forkserver keeps it, if this process is stopped.
         """
         with self._lock:
-            if not self._closing:
-                self._leases.pop(holder, None)
-                if until is not None:
-                    self._leases[holder] = until
-                self._fleet.set_lease(min(self._leases.values(), default=None))
-                if self._fleet.is_short:
-                    self._fleet.wake()
+            if self._closing or (until is None and holder not in self._holders):
+                return
+            number = self._number_of(holder)
+            if until is None:
+                del self._holders[holder]
+            self._fleet.set_lease(number, until)
+            free = [handle for handle in self._parked if handle.holder == number]
+            if free:
+                self._parked = deque(handle for handle in self._parked if handle.holder != number)
+                self._queue.extendleft(reversed(free))
+                self._dispatch()
+                self._fleet.wake()
 
     def statistics(self) -> PoolStatistics:
         """Return pids and counts."""
@@ -192,7 +213,7 @@ class WorkerPool:
                 pids=tuple(pid for pid in living if pid is not None),
                 forkserver_pid=self._fleet.forkserver_pid,
                 busy=sum(bool(worker.tasks) for worker in workers),
-                queued=len(self._queue) + sum(max(0, len(worker.tasks) - 1) for worker in workers),
+                queued=len(self._queue) + len(self._parked) + sum(max(0, len(worker.tasks) - 1) for worker in workers),
                 started=self._fleet.started,
                 crashed=self._crashed,
             )
@@ -221,7 +242,7 @@ class WorkerPool:
     def drive(self, seconds: float) -> bool:
         """Do the pool's I/O in this thread: until something has been handled, `wake` was called, or the time is over.
 
-        False: the pool is closed. One caller, who may stay away for as long as it likes.
+        False: the pool is closed. One caller at a time, who may stay away for as long as it likes.
         """
         if not self._driving.acquire(blocking=False):
             self._wanted = True
@@ -332,16 +353,25 @@ class WorkerPool:
             self._closing = True
             if not self._fleet.close(self._close_timeout):
                 _log.warning("the forkserver of the workers did not end in order")
-            while self._queue:
-                self._finish(self._queue.popleft(), TaskCancelled())
+            for handle in (*self._queue, *self._parked):
+                self._finish(handle, TaskCancelled())
+            self._queue.clear()
+            self._parked.clear()
         self._make_calls()
 
+    def _has_next(self) -> bool:
+        """Whether a task may be begun, the first one in the queue."""
+        while self._queue and self._fleet.is_over(self._queue[0].holder):
+            self._parked.append(self._queue.popleft())
+        return bool(self._queue)
+
     def _dispatch(self) -> None:
-        while self._queue and self._idle:
+        while self._idle and self._has_next():
             worker = self._idle.pop()
             if worker.condemned:
                 continue
             handle = self._queue.popleft()
+            self._fleet.set_holder(worker, handle.holder)
             try:
                 worker.assign(handle)
             except (TypeError, ValueError, OverflowError) as error:  # msgpack can't: 4 GiB in a piece, a foreign type
@@ -351,9 +381,14 @@ class WorkerPool:
             self._limits.assigned(handle, worker)
             if worker.has_output:
                 self._unsent.add(worker)
-        while self._queue and not self._queue[0].waits:
+        while self._has_next() and not self._queue[0].waits:
             workers = self._fleet.workers.values()
-            able = [one for one in workers if one.quick and not one.condemned and 0 < len(one.tasks) < _DEPTH]
+            holder = self._queue[0].holder
+            able = [
+                one
+                for one in workers
+                if one.quick and not one.condemned and 0 < len(one.tasks) < _DEPTH and one.holder == holder
+            ]
             least = min(able, key=lambda one: len(one.tasks), default=None)
             if least is None or not least.assign_next(self._queue[0]):
                 break

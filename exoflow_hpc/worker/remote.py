@@ -21,17 +21,30 @@ BLOB_LIMIT = 256 << 20
 
 
 class TaskHandle:
-    """A submitted task. `WorkerPool.cancel` takes it."""
+    """A submitted task. `WorkerPool.cancel` takes it. holder: whose lease it runs under, 0: under none."""
 
-    __slots__ = ("cancelled", "done", "memory_used", "on_done", "on_progress", "overran", "request", "waits", "worker")
+    __slots__ = (
+        "cancelled",
+        "done",
+        "holder",
+        "memory_used",
+        "on_done",
+        "on_progress",
+        "overran",
+        "request",
+        "waits",
+        "worker",
+    )
 
     def __init__(
         self,
         request: TaskRequest,
         on_done: Callable[[TaskResult], object],
         on_progress: Callable[[Progress], object] | None,
+        holder: int = 0,
     ) -> None:
         self.request = request
+        self.holder = holder
         self.on_done = on_done
         self.on_progress = on_progress
         #: it is given to a worker without a task only: there is a limit, which counts from when the worker has it
@@ -74,7 +87,9 @@ class RemoteWorker:
         self.retired = False
         #: its forkserver is gone: there will be no exit status, and the kernel has killed it
         self.orphaned = False
-        #: killed since the lease of its rank was over
+        #: whose tasks it has, or had last; 0: nobody's that has a lease
+        self.holder = 0
+        #: killed since the lease of that one was over
         self.lease_ended = False
         #: no more comes from its socket
         self.eof = False

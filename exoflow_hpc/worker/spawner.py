@@ -90,15 +90,19 @@ class Spawner:
 
     def fork(self, number: int, worker_socket: socket.socket) -> None:
         """Ask for a worker with *worker_socket* as its end; the caller closes its copy."""
-        self._send(["fork", number], [worker_socket.fileno()])
+        self._send(["fork", number, 0], [worker_socket.fileno()])
 
     def kill(self, number: int) -> None:
         """Ask to kill worker *number* and all processes in its group. Harmless if it is gone."""
-        self._send(["kill", number], [])
+        self._send(["kill", number, 0], [])
 
-    def set_lease(self, until: float | None) -> None:
-        """Have all workers killed, and none started, from *until* (`time.monotonic`) on, whatever becomes of this process; None: never."""
-        self._send(["lease", until], [])
+    def set_lease(self, holder: int, until: float | None) -> None:
+        """Have workers killed that have tasks of *holder*, from *until* (`time.monotonic`) on, whatever becomes of us; None: never."""
+        self._send(["lease", holder, until], [])
+
+    def set_holder(self, number: int, holder: int) -> None:
+        """Say whose tasks worker *number* has from now on; 0: nobody's that has a lease."""
+        self._send(["holder", number, holder], [])
 
     def _send(self, message: list[object], descriptors: list[int]) -> None:
         try:

@@ -23,6 +23,7 @@ from exoflow_hpc.scheduler_events import (
     RankShared,
     Recall,
     Release,
+    Rollback,
     Start,
     TaskCommitted,
     TaskFailed,
@@ -367,6 +368,38 @@ def test_an_effect_that_was_not_begun_is_not_undone(how: dict[str, Any]) -> None
     assert recall == Recall(0, 0, order.rank)
     assert scheduler.handle(TaskFailed(0, 0, "returned")) == [Dispatch(0, 1, other, ())]
     assert scheduler.counters.rolled_back == scheduler.counters.rerun == 0
+
+
+def test_nothing_is_recalled_to_where_it_was() -> None:
+    """A worker is missing for a moment: by what was dispatched that rank has room, and so it would get the task again."""
+    scheduler, (order, _) = started(spec_of({}, {}, {"after": (0, 1)}), ranks=((0, 0, 4), (1, 0, 4)))
+    assert scheduler.handle(RankShared(order.rank, 0, 1, ((order.task, 0),))) == []
+
+
+def test_a_rollback_is_not_recalled() -> None:
+    scheduler, _ = started(
+        spec_of({"external": True, "rollback": "undo"}, {"after": (0,)}), ranks=((0, 0, 1), (1, 0, 1))
+    )
+    out = scheduler.handle(TaskFailed(0, 0, "exception", retryable=True))
+    (rollback,) = [one for one in out if isinstance(one, Rollback)]
+    assert scheduler.handle(RankShared(rollback.rank, 1, 2, ((0, rollback.attempt),))) == []
+
+
+def test_each_share_is_used_wherever_it_is() -> None:
+    """Others fill all ranks, some more than others: half of each is ours all the same, one after the other."""
+    scheduler = Scheduler(spec_of(*[{}] * 20, {"after": tuple(range(20))}))
+    for rank, others in enumerate((4, 8, 8, 8)):
+        scheduler.handle(RankJoined(rank, 0, 2))
+        scheduler.handle(RankShared(rank, others, 2))
+    ranks = [one.rank for one in scheduler.handle(Start()) if isinstance(one, Dispatch)]
+    assert sorted(ranks) == [0, 1, 2, 3]
+
+
+def test_what_others_have_may_change_for_ever() -> None:
+    scheduler, _ = started(spec_of({}, {"after": (0,)}), ranks=((0, 0, 1), (1, 0, 1)))
+    for turn in range(10_000):
+        scheduler.handle(RankShared(turn % 2, turn % 3, 1 + (turn % 3 > 0)))
+    assert len(scheduler._ranks._heap) + len(scheduler._ranks._shares) < 200
 
 
 def test_workers_are_shared_with_other_workflows() -> None:

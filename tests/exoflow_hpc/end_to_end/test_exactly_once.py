@@ -279,7 +279,8 @@ def workflow(directory):
     u = for_good.options(checkpoint="skip", name="u").bind(directory, passed_on.bind(directory, v))
     return join.bind(u, gate.bind(directory, v))
 """
-    fault = {"HOPLITE_FAULT": f"0:{point.replace('@', '=kill@') if '@' in point else point + '=kill'}"}
+    rule = f"0:{point.replace('@', '=kill@') if '@' in point else point + '=kill'}"
+    fault = {"HOPLITE_FAULT": rule, "EXOFLOW_LEASE": "2"}
     args = ["--id", "w", "--ranks", "1", "--input", f"directory={cli.directory}"]
     run = cli.start("run", cli.file(OUTSIDE + body), *args, **fault)
     cli.wait_until(lambda: cli.times("waits") or run.popen.poll() is not None, "it dies or comes to the gate")
@@ -287,7 +288,7 @@ def workflow(directory):
     run.wait()
     cli.open_gate()
     resume(cli, **fault)
-    result = resume(cli)
+    result = resume(cli, EXOFLOW_LEASE="2")
     assert result.code == 0, result.text
     u, v = result.json["output"]
     assert u == v

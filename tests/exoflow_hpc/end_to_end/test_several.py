@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hoplite_mpi as hm
 from hoplite_mpi.testing import run_ranks
 
 __all__: list[str] = []
@@ -25,6 +26,18 @@ pytestmark = pytest.mark.timeout(240)
 WORKERS = 5
 EACH_A_NODE = {"HOPLITE_NODE": "node{rank}", "EXOFLOW_WORKERS": str(WORKERS)}
 TASKS = 3
+
+
+def meet(session: Any) -> None:
+    """Have each rank receive from each other one by MPI: a process that meets one that is just gone may crash."""
+    store = session.store
+    name = hm.ObjectID.from_name
+    others = [rank for rank in range(3) if rank != session.rank]
+    for other in others:
+        store.put(np.ones(20_000), name(f"{session.rank} to {other}"))
+    for other in others:
+        store.get(name(f"{other} to {session.rank}"))
+    store.barrier()
 
 
 def program(directory: Path, workers: int, external: bool, meanwhile: bool) -> Any:
@@ -63,7 +76,7 @@ def program(directory: Path, workers: int, external: bool, meanwhile: bool) -> A
         return held
 
     session = ef.api.rank_session()
-    session.store.allreduce(np.ones(1))  # all have met: MPI crashes a process that meets one that is just gone
+    meet(session)
     while len(session.pool.statistics().pids) < workers:
         time.sleep(0.01)
     note("workers", session.rank, *session.pool.statistics().pids)
@@ -184,6 +197,70 @@ def test_effects_of_all_of_them_happen_once(tmp_path: Path) -> None:
     assert standing == {f"{flow}.{i}": 1 for flow in range(3) for i in range(TASKS)}, (done, undone)
 
 
+def test_one_that_comes_late_goes_on_with_what_others_were_told(tmp_path: Path) -> None:
+    """The head of a run is lost before the next one comes to it, from another run: that one goes on, and begins no other workflow."""
+
+    def late(directory: Path) -> Any:
+        import exoflow_hpc as ef
+
+        def note(*what: object) -> None:
+            with open(directory / "log", "a") as log:
+                log.write(json.dumps(what) + "\n")
+
+        def wait_for(name: str) -> None:
+            deadline = time.monotonic() + 100
+            while not (directory / name).exists():
+                assert time.monotonic() < deadline, f"the test never made {name}"
+                time.sleep(0.01)
+
+        @ef.task
+        def hold(i: int) -> int:
+            note("hold", i, os.getpid())
+            wait_for("gate")
+            return i
+
+        @ef.task
+        def both(*held: int) -> int:
+            return sum(held)
+
+        session = ef.api.rank_session()
+        meet(session)
+        while len(session.pool.statistics().pids) < 2:
+            time.sleep(0.01)
+        note("workers", session.rank, *session.pool.statistics().pids)
+        first = ef.run_async(hold.bind(7), "first", storage=directory / "storage")
+        if session.rank == 1:
+            wait_for("come")
+        second = ef.run(both.bind(*(hold.bind(i) for i in range(2))), storage=directory / "storage")  # it has no id
+        return first.result(), second
+
+    (tmp_path / "storage").mkdir()
+    killed: list[str] = []
+    there: set[str] = set()
+
+    def kill() -> None:
+        wait = Killer(tmp_path, None).wait
+        wait(lambda: len(notes(tmp_path, "hold")) == 3)
+        there.update(held_by(tmp_path, 2))
+        killed.extend(sorted(set(controllers(tmp_path)) - {"first"}))
+        os.kill(controllers(tmp_path)[killed[0]][0], signal.SIGKILL)
+        wait(lambda: len(controllers(tmp_path)["first"]) == 2)  # so rank 1 knows of the loss
+        (tmp_path / "come").touch()
+        wait(lambda: len(controllers(tmp_path)[killed[0]]) == 2)
+        (tmp_path / "gate").touch()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    env = {"HOPLITE_NODE": "node{rank}", "EXOFLOW_WORKERS": "2"}
+    results = run_ranks(3, late, args=(tmp_path,), env=env, timeout=120)
+    assert results[0].exitcode == -signal.SIGKILL
+    for rank in (1, 2):
+        assert results[rank].exitcode == 0, results[rank].output
+        assert results[rank].value == (7, 1)
+    assert sorted(controllers(tmp_path)) == sorted(["first", *killed]), "no workflow was begun beside it"
+    assert all(Counter(name for name, _ in notes(tmp_path, "hold"))[name] == 1 for name in there)
+
+
 def test_one_that_fails_does_not_disturb_the_others(tmp_path: Path) -> None:
     def failing() -> Any:
         import exoflow_hpc as ef
@@ -232,7 +309,7 @@ def test_a_replacement_gets_what_has_ended(tmp_path: Path) -> None:
 
         session = ef.api.rank_session()
         if session.incarnation == 0:
-            session.store.allreduce(np.ones(1))  # all have met: MPI crashes a process that meets one that is just gone
+            meet(session)
         values = [ef.run(add.bind(i, 1), f"w{i}", storage=tmp_path) for i in range(3)]
         futures = [ef.run_async(add.bind(i, 10), f"v{i}", storage=tmp_path) for i in range(3)]
         values += [future.result() for future in futures]

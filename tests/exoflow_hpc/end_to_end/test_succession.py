@@ -248,9 +248,10 @@ def test_another_one_dies_at_that(cli: Cli, point: str) -> None:
     assert len(spared) >= 1, result.text
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("body", "code"), [("return 5", 0), ("raise ValueError('no')", 1)])
-def test_the_head_dies_when_the_end_is_durable_and_nobody_was_told(cli: Cli, body: str, code: int) -> None:
-    """The one that follows says how it ended, and runs nothing again: a failed workflow would be tried anew."""
+def test_the_head_dies_when_the_end_is_durable_and_nobody_was_told(cli: Cli, body: str, code: int, ranks: int) -> None:
+    """The one that follows says how it ended, or the launcher if none does; nothing runs again: a failed one would be tried anew."""
     (cli.directory / "fired").mkdir()
     flow = f"""
 @ef.task
@@ -262,14 +263,14 @@ def workflow(directory):
     return last.options(max_retries=0).bind(directory)
 """
     run = start(
-        cli, flow, 2, HOPLITE_FAULT="controller.finished=kill", HOPLITE_FAULT_FIRED=str(cli.directory / "fired")
+        cli, flow, ranks, HOPLITE_FAULT="controller.finished=kill", HOPLITE_FAULT_FIRED=str(cli.directory / "fired")
     )
     result = run.wait()
     assert result.code == code, result.text
     assert result.json["status"] == ("FAILED" if code else "SUCCESSFUL")
     assert result.json["output"] == (None if code else 5)
     assert ("ValueError" in result.text) == bool(code)
-    assert cli.times("last") == {"0": 1}
+    assert cli.times("last") == {"0": 1}, result.text
 
 
 @pytest.mark.parametrize("point", ["controller.dispatch@2", "controller.finished"])

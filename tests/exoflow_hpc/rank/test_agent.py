@@ -293,17 +293,14 @@ def test_what_waits_long_for_a_worker_is_told_and_returned_when_asked(
 
 
 def test_the_controller_is_told_what_other_runs_have(harness: Harness) -> None:
-    tasks: list[int] = []
-    other = harness.shares.join(tasks, Mock())
+    other = harness.shares.join(Mock())
     harness.said.clear()
-    tasks += [1, 2, 3]
-    other.changed()
+    other.add(3)
     assert harness.loop.run_until(lambda: bool(harness.said), 10)
     assert harness.said == [ms.Shared(1, 3, 2)]
     harness.begin(2)
     assert [type(said) for said in harness.said[1:]] == [ms.Ready, ms.Shared], "who begins anew does not know"
     harness.said.clear()
-    tasks.clear()
     other.leave()
     assert harness.loop.run_until(lambda: bool(harness.said), 10)
     assert harness.said == [ms.Shared(2, 0, 1)]
@@ -311,7 +308,7 @@ def test_the_controller_is_told_what_other_runs_have(harness: Harness) -> None:
 
 def test_others_are_told_what_a_run_has(harness: Harness) -> None:
     told = Mock()
-    other = harness.shares.join([], told)
+    other = harness.shares.join(told)
     run(harness)
     assert told.call_count == 1
     assert other.besides == (1, 2)

@@ -41,10 +41,10 @@ def request(function: Callable[..., Any], *args: Any, task_id: str = "task", **c
 class Submitted:
     """A task in a pool, and what has come of it so far."""
 
-    def __init__(self, pool: WorkerPool, what: TaskRequest) -> None:
+    def __init__(self, pool: WorkerPool, what: TaskRequest, holder: object = None) -> None:
         self.results: queue.Queue[TaskResult] = queue.Queue()
         self.progress: queue.Queue[Progress] = queue.Queue()
-        self.handle: TaskHandle = pool.submit(what, self.results.put, self.progress.put)
+        self.handle: TaskHandle = pool.submit(what, self.results.put, self.progress.put, holder)
 
     def result(self) -> TaskResult:
         return self.results.get(timeout=DEADLINE)

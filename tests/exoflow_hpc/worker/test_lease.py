@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from exoflow_hpc.worker import TaskCrashed, TaskDone, WorkerPool
+from exoflow_hpc.worker import TaskCancelled, TaskCrashed, TaskDone, WorkerPool
 
 from .conftest import DEADLINE, Submitted, call, request
 
@@ -31,30 +31,64 @@ def _sleep(seconds: float) -> str:
 def test_workers_are_killed_when_it_is_over_and_start_again_with_the_next() -> None:
     with WorkerPool(1) as pool:
         assert isinstance(call(pool, _sleep, 0.0), TaskDone)
-        running = Submitted(pool, request(_sleep, 60.0))
+        running = Submitted(pool, request(_sleep, 60.0), "run")
         assert running.reported() == "runs"
-        pool.set_lease(time.monotonic() + 0.2)
+        pool.set_lease(time.monotonic() + 0.2, "run")
         ended = running.result()
         assert isinstance(ended, TaskCrashed)
         assert ended.kind == "rank-lost", "it is not the task's fault"
         assert "nothing was heard of the controller" in ended.reason
-        waiting = Submitted(pool, request(_sleep, 0.0))
+        waiting = Submitted(pool, request(_sleep, 0.0), "run")
         time.sleep(0.3)
         assert waiting.results.empty(), "it waits for another lease"
         assert pool.statistics().queued == 1
-        pool.set_lease(time.monotonic() + DEADLINE)
+        pool.set_lease(time.monotonic() + DEADLINE, "run")
         assert isinstance(waiting.result(), TaskDone)
-        pool.set_lease(None)
+        pool.set_lease(None, "run")
         assert isinstance(call(pool, _sleep, 0.0), TaskDone)
 
 
 def test_a_lease_that_is_renewed_goes_on() -> None:
     with WorkerPool(1) as pool:
-        running = Submitted(pool, request(_sleep, 1.0))
+        running = Submitted(pool, request(_sleep, 1.0), "run")
         for _ in range(10):
-            pool.set_lease(time.monotonic() + 20.0)
+            pool.set_lease(time.monotonic() + 20.0, "run")
             time.sleep(0.02)
         assert isinstance(running.result(), TaskDone)
+
+
+def test_what_others_run_goes_on() -> None:
+    """One whose lease is over gets no worker, however many are idle; the others get them."""
+    with WorkerPool(2) as pool:
+        held = Submitted(pool, request(_sleep, 60.0), "run")
+        other = Submitted(pool, request(_sleep, 1.5), "other")
+        free = Submitted(pool, request(_sleep, 0.0))
+        assert (held.reported(), other.reported()) == ("runs", "runs")
+        pool.set_lease(time.monotonic() + DEADLINE, "other")
+        pool.set_lease(time.monotonic() + 0.2, "run")
+        ended = held.result()
+        assert isinstance(ended, TaskCrashed) and ended.kind == "rank-lost"
+        waiting = Submitted(pool, request(_sleep, 0.0), "run")
+        assert isinstance(free.result(), TaskDone)
+        assert isinstance(other.result(), TaskDone)
+        assert isinstance(Submitted(pool, request(_sleep, 0.0), "other").result(), TaskDone)
+        assert waiting.results.empty()
+        pool.set_lease(None, "run")
+        assert isinstance(waiting.result(), TaskDone)
+
+
+def test_what_is_cancelled_while_its_lease_is_over() -> None:
+    with WorkerPool(1) as pool:
+        assert isinstance(call(pool, _sleep, 0.0), TaskDone)
+        pool.set_lease(time.monotonic(), "run")
+        waiting = Submitted(pool, request(_sleep, 0.0), "run")
+        withdrawn = Submitted(pool, request(_sleep, 0.0), "run")
+        assert pool.statistics().queued == 2
+        assert pool.withdraw(withdrawn.handle)
+        assert pool.cancel(waiting.handle)
+        assert isinstance(waiting.result(), TaskCancelled)
+        left = Submitted(pool, request(_sleep, 0.0), "run")
+    assert isinstance(left.result(), TaskCancelled), "the pool was closed"
 
 
 RANK = """
@@ -72,9 +106,9 @@ def work(path):
         time.sleep(0.01)
 
 with WorkerPool(1) as pool:
-    running = Submitted(pool, request(work, sys.argv[1]))
+    running = Submitted(pool, request(work, sys.argv[1]), "run")
     running.reported()
-    pool.set_lease(time.monotonic() + 1.0)
+    pool.set_lease(time.monotonic() + 1.0, "run")
     os.kill(os.getpid(), signal.SIGSTOP)
     print(type(running.result()).__name__, flush=True)
 """
