@@ -9,10 +9,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Only one MPI can be in an environment: the tests of Open MPI's fault mode have one of their own.
 OPENMPI := .venv-openmpi
+PEERS := .venv-peers
 OPENMPI_STAMP := $(OPENMPI)/.installed
 comma := ,
 
-.PHONY: setup setup-openmpi run test exhaustive chaos chaos-workflows powerloss lint bench clean
+.PHONY: setup setup-openmpi run test exhaustive chaos chaos-workflows powerloss lint bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -60,6 +61,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@for script in $(sort $(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script" || exit 1; done
 
+# The same beside other systems, in an environment of their own.
+bench-peers: $(STAMP)
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check distributed ray parsl dbos
+	$(PY) bench/workflow.py --only throughput --peers $(PEERS)/bin/python
+
 clean:
-	rm -rf $(VENV) $(OPENMPI) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis hoplite_mpi/transport/_ucx_guard*.so
+	rm -rf $(VENV) $(OPENMPI) $(PEERS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis hoplite_mpi/transport/_ucx_guard*.so
 	find hoplite_mpi exoflow_hpc tests -name __pycache__ -type d -prune -exec rm -rf {} +

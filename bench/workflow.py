@@ -1,8 +1,9 @@
 """What a workflow costs beside its tasks: tasks per second, latency in a chain, submit and resume, recovery after the loss of a rank.
 
-    python bench/workflow.py [--rounds 3] [--directory .]
+    python bench/workflow.py [--rounds 3] [--directory .] [--peers PYTHON]
 
-Rows are measured in turn in each round, beside `concurrent.futures.ProcessPoolExecutor` with as many workers, and the best of
+Rows are measured in turn in each round, beside `concurrent.futures.ProcessPoolExecutor` with as many workers and, with `--peers`,
+beside other systems that are installed for that interpreter (`make bench-peers` makes one; see `_peer_tasks.py`), and the best of
 the rounds is shown with all of them: on a machine that does other things as well, the rest measures those. "From first to last" is
 from the start of the first task to that of one that waits for all others, by the clock of the tasks; "in all" is what the
 caller sees, with the start of the rank and its workers; "without the start of the rank" is what the run itself says.
@@ -11,11 +12,13 @@ caller sees, with the start of the rank and its workers; "without the start of t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +33,7 @@ from exoflow_hpc import api, records
 from exoflow_hpc.compile import compile_workflow
 from exoflow_hpc.journal import Journal
 from exoflow_hpc.storage import Storage
+from hoplite_mpi.launch import find_mpiexec
 
 WORKERS = 2
 
@@ -129,6 +133,24 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+def peers(table: Table, python: str, tasks: int, links: int) -> None:
+    """Measure other systems, and MPIPoolExecutor in our own environment; fewer tasks, since they take longer."""
+    script, sizes = str(Path(__file__).parent / "_peer_tasks.py"), ["--tasks", str(tasks), "--links", str(links)]
+    commands = {name: [python, script, name, *sizes] for name in ("dask", "ray", "parsl", "dbos")}
+    own = [find_mpiexec(), "-n", "3", sys.executable, "-m", "mpi4py.futures", script]
+    commands["mpi4py.futures"] = [*own, "mpi4py.futures", *sizes]
+    path = f"{Path(python).parent.absolute()}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled", "DO_NOT_TRACK": "1"}
+    for name, command in commands.items():
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if not found:
+            print(f"  {name}: {(done.stderr.strip() or 'nothing').splitlines()[-1]}", file=sys.stderr, flush=True)
+            continue
+        for row, (value, unit) in json.loads(found[-1]).items():
+            table.add(f"{row}: {name}", unit, value)
+
+
 def throughput(table: Table, place: Storage, tasks: int, links: int) -> None:
     """Measure no-op tasks on one rank."""
     for name, node, count in (
@@ -211,6 +233,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--chain", type=int, default=1000)
+    parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has distributed, ray, parsl and dbos")
     parser.add_argument("--only", choices=["throughput", "large", "recovery"])
     options = parser.parse_args()
     os.environ["EXOFLOW_WORKERS"] = str(WORKERS)
@@ -221,6 +244,8 @@ def main() -> None:
         for _ in range(options.rounds):
             if options.only in (None, "throughput"):
                 executor(table, options.tasks, options.chain)
+                if options.peers:
+                    peers(table, options.peers, options.tasks // 5, options.chain // 5)
                 throughput(table, place, options.tasks, options.chain)
             if options.only in (None, "large"):
                 large(table, place, options.tasks)

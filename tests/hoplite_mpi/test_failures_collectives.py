@@ -84,6 +84,7 @@ def _one(what: str, size: int, deterministic: bool) -> Any:
         ("allreduce", True),
         ("reduce_scatter", False),
         ("reduce_to", False),
+        ("reduce_to", True),
         ("allgather", False),
         ("gather", False),
         ("alltoall", False),
@@ -94,6 +95,8 @@ def test_a_rank_dies_in_a_collective(what: str, deterministic: bool, when: str) 
         pytest.skip("nothing is reduced")
     if what == "gather" and "received" in when:
         pytest.skip("only the root receives")
+    if (what, deterministic) == ("reduce_to", False) and "received" in when:
+        pytest.skip("in the order of the arrivals a rank may have nothing to receive")
     # patient enough for a busy machine: in stripes each rank has something to reduce and to send, in a tree not
     env = ENV | {"HOPLITE_FAULT": f"2:{when}", "HOPLITE_STRIPE_PATIENCE": "10"}
     result = run_ranks(4, _one, (what, 200_000, deterministic), env=env, timeout=60)

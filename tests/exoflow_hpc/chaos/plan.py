@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from tests.exoflow_hpc.chaos.points import POINTS
+from tests.exoflow_hpc.chaos.points import POINTS, TAKING_OVER
 
 __all__ = ["KINDS", "Fault", "Step", "Trial", "plan"]
 
@@ -136,6 +136,8 @@ def plan(seed: int) -> Trial:
     if rng.random() < 0.5:  # a rank that dies takes its outputs along
         settings["HOPLITE_NODE"] = "node{rank}"
     point = names[turn] if kind == "point" else ""
+    if point in TAKING_OVER:  # two of them are lost, and one goes on
+        ranks = max(3, ranks)
     steps = _Workflow(rng, point).steps
     faults = _at_point(rng, point, ranks, len(steps)) if point else _others(rng, kind, ranks, len(steps))
     sizes = (ranks, *(rng.choice([ranks, ranks, 1, 2, 3]) for _ in range(3)))
@@ -210,6 +212,8 @@ class _Workflow:
 
 def _at_point(rng: random.Random, name: str, ranks: int, steps: int) -> list[Fault]:
     fatal = Fault("kill", point=name, at=rng.randint(1, _PASSINGS.get(name, 1)))
+    if name in TAKING_OVER:
+        return [Fault("kill", "head", starts=_moment(rng, steps), after=rng.uniform(0.0, 0.15)), fatal]
     if name == "controller.roll_back":  # there is something to undo only when an effect has lost its ground
         return [Fault("kill", "everything", starts=max(4, steps - 2), after=rng.uniform(0.0, 0.2)), fatal]
     if name.startswith("journal.") and rng.random() < 0.5:  # in an epoch that goes on with another one's work

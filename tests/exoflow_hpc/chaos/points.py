@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from hoplite_mpi.testing import Point
 
-__all__ = ["POINTS", "ROLES"]
+__all__ = ["POINTS", "ROLES", "TAKING_OVER"]
 
 _LAUNCHER, _DELETER = "launcher", "deleter"
 _CONTROLLER, _COMMITTER = "controller", "committer of the journal"
@@ -36,6 +36,11 @@ POINTS: Mapping[str, Point] = MappingProxyType(
         "controller.rollback_started": Point(_CONTROLLER, "it is durable that somebody is at it, and nobody is yet"),
         "controller.rolled_back": Point(_CONTROLLER, "an effect is undone, and has not come again"),
         "controller.committed": Point(_CONTROLLER, "a commit is durable, and nothing has come of it"),
+        "controller.finished": Point(_CONTROLLER, "the end is durable, and nobody knows"),
+        "controller.take_over": Point(_CONTROLLER, "the head is lost, and this one has done nothing yet"),
+        "controller.taken_over": Point(_CONTROLLER, "it knows what the others have, and none was told to go on"),
+        "agent.report": Point(_AGENT, "about to say what it has to one that takes over"),
+        "agent.kept": Point(_AGENT, "it goes on with what counts for one that has taken over"),
         "agent.dispatched": Point(_AGENT, "a task has come, and its inputs have not"),
         "agent.task_done": Point(_AGENT, "a worker has done a task, and nobody knows"),
         "agent.written": Point(_AGENT, "an output is in a checkpoint, and the controller does not know"),
@@ -45,5 +50,7 @@ POINTS: Mapping[str, Point] = MappingProxyType(
         "checkpoint.after_rename": Point(_WRITER, "a checkpoint has its name, and nobody knows"),
     }
 )
+#: those that are passed only when the head was lost before
+TAKING_OVER = ("controller.take_over", "controller.taken_over", "agent.report", "agent.kept")
 #: as what a process is killed at some moment, wherever it is then
 ROLES = ("rank", "head", "worker", _WRITER, "forkserver", _LAUNCHER, "everything")

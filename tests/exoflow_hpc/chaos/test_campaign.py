@@ -46,11 +46,8 @@ def test_all_points_are_listed() -> None:
     found = {name for path in source.rglob("*.py") for name in re.findall(r'fault\.point\("([^"]+)"', path.read_text())}
     # of commands that no trial runs, and of annotations that are not true: they are killed at in tests of their own
     others = {name for name in found if name.startswith(("gc.", "array."))} | {"controller.deviated"}
-    # what happens when the head is lost beside others: see `end_to_end/test_succession.py`
-    others |= {"controller.take_over", "controller.taken_over", "agent.report", "agent.kept", "controller.finished"}
-    others.add("controller.continued")  # and `end_to_end/test_continuations.py`
-    # only tasks that put objects come by: see `end_to_end/test_references.py`
-    others.add("worker.before_put")
+    # only tasks that continue, or put objects, come by: see `end_to_end/test_continuations.py` and `test_references.py`
+    others |= {"controller.continued", "worker.before_put"}
     assert found - others == set(POINTS)
 
 
